@@ -1,0 +1,32 @@
+"""Numerical health of gradients, from `param.grad` to the on-call phone."""
+
+from importlib.metadata import version
+
+from esper_telemetry.exporters.http import Exporter, start_exporter
+from esper_telemetry.health import (
+    GradientHealth,
+    HealthTier,
+    LayerGradientStats,
+    aggregate_layer_gradient_health,
+)
+from esper_telemetry.monitor import GradientMonitor, GradientsCritical, watch
+from esper_telemetry.payload import PPOUpdatePayload
+from esper_telemetry.scan import collect_per_layer_gradients
+from esper_telemetry.snapshot import Snapshot
+
+__version__ = version("esper-telemetry")
+
+__all__ = [
+    "Exporter",
+    "GradientHealth",
+    "GradientMonitor",
+    "GradientsCritical",
+    "HealthTier",
+    "LayerGradientStats",
+    "PPOUpdatePayload",
+    "Snapshot",
+    "aggregate_layer_gradient_health",
+    "collect_per_layer_gradients",
+    "start_exporter",
+    "watch",
+]

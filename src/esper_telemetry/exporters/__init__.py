@@ -1,0 +1,1 @@
+"""Ways out of the process; each reads anything that has a `.snapshot`."""

@@ -1,0 +1,59 @@
+"""Prometheus: a collector over a snapshot, for any registry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from esper_telemetry import metrics
+from esper_telemetry.exporters.samples import Sample, Source, read_samples
+from esper_telemetry.metrics import Metric
+
+logger = logging.getLogger("esper_telemetry")
+
+Family = CounterMetricFamily | GaugeMetricFamily
+
+
+class EsperCollector(Collector):
+    """Collect a monitor's snapshot at each scrape.
+
+    In a registry of your own: `REGISTRY.register(EsperCollector(monitor))`. A snapshot that cannot be read gives a
+    page that says so in `esper_exporter_collect_errors_total`, never an exception.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._errors = 0
+
+    def describe(self) -> Iterable[Family]:
+        """Name the families, so that registering does not collect."""
+        return [_family(metric) for metric in metrics.METRICS]
+
+    def collect(self) -> Iterator[Family]:
+        """Build the families anew from the snapshot."""
+        try:
+            families = _families(read_samples(self._source.snapshot))
+        except Exception:
+            if self._errors == 0:
+                logger.exception("esper: no page could be built; this is counted and not logged again")
+            self._errors += 1
+            families = []
+        yield from families
+        yield from _families([Sample(metrics.COLLECT_ERRORS, (), self._errors)])
+
+
+def _families(samples: Iterable[Sample]) -> list[Family]:
+    families: dict[str, Family] = {}
+    for metric, labels, value in samples:
+        if metric.name not in families:
+            families[metric.name] = _family(metric)
+        families[metric.name].add_metric(labels, value)
+    return list(families.values())
+
+
+def _family(metric: Metric) -> Family:
+    family = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
+    return family(metric.name, metric.help, labels=metric.labels)

@@ -1,0 +1,111 @@
+"""Read a snapshot as metric samples: the one place that says which field is which metric."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import NamedTuple, Protocol
+
+from esper_telemetry import metrics
+from esper_telemetry.metrics import Metric
+from esper_telemetry.recent import MAX_LAYERS
+from esper_telemetry.snapshot import Snapshot
+
+
+class Source(Protocol):
+    """Anything that has a snapshot."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Return what the last check found."""
+
+
+class Sample(NamedTuple):
+    """One value of one metric; a value that was not measured is NaN."""
+
+    metric: Metric
+    labels: tuple[str, ...]
+    value: float
+
+
+def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sample]:
+    """Yield every sample of a snapshot at `now`, in monotonic seconds."""
+    yield from _counts(snapshot, time.monotonic() if now is None else now)
+    yield from _history(snapshot)
+    yield from _layer_norms(snapshot)
+    yield from _ppo(snapshot)
+    yield from _run(snapshot)
+
+
+def _counts(snapshot: Snapshot, now: float) -> Iterator[Sample]:
+    recent = snapshot.recent.read(now)
+    yield Sample(metrics.INF_GRAD_COUNT, (), snapshot.inf_grad_count)
+    yield Sample(metrics.NAN_GRAD_COUNT, (), snapshot.nan_grad_count)
+    yield Sample(metrics.INF_GRAD_RECENT_MAX, (), recent.inf_max)
+    yield Sample(metrics.NAN_GRAD_RECENT_MAX, (), recent.nan_max)
+    yield Sample(metrics.RECENT_WINDOW, (), snapshot.recent.seconds)
+    for layer in recent.layers:
+        yield Sample(metrics.LAYER_INF_GRAD_COUNT, (layer.layer_name,), layer.inf_count)
+        yield Sample(metrics.LAYER_NAN_GRAD_COUNT, (layer.layer_name,), layer.nan_count)
+    yield Sample(metrics.LAYERS_DROPPED, (), recent.layers_dropped)
+
+
+def _history(snapshot: Snapshot) -> Iterator[Sample]:
+    yield Sample(metrics.CHECKS, (), snapshot.checks)
+    yield Sample(metrics.LAST_CHECK, (), _or_nan(snapshot.timestamp))
+    for (kind, tier), checks in snapshot.nonfinite_checks.items():
+        yield Sample(metrics.NONFINITE_CHECKS, (kind, tier), checks)
+    for kind, history in (("inf", snapshot.inf), ("nan", snapshot.nan)):
+        yield Sample(metrics.NONFINITE_GRADS, (kind,), history.elements)
+        yield Sample(metrics.LAST_NONFINITE, (kind,), _or_nan(history.last_timestamp))
+        if history.origin_layer is not None:
+            yield Sample(metrics.ORIGIN_LAYER, (history.origin_layer, kind), 1)
+    for reason, updates in snapshot.skipped_updates.items():
+        yield Sample(metrics.SKIPPED_UPDATES, (reason,), updates)
+
+
+def _layer_norms(snapshot: Snapshot) -> Iterator[Sample]:
+    yield Sample(metrics.GRAD_NORM, (), _or_nan(snapshot.grad_norm))
+    yield Sample(metrics.GRAD_ELEMENTS, (), _or_nan(snapshot.elements))
+    yield Sample(metrics.DEAD_LAYERS, (), _or_nan(snapshot.dead_layers))
+    yield Sample(metrics.EXPLODING_LAYERS, (), _or_nan(snapshot.exploding_layers))
+    measured = [
+        (norm, name) for name, norm in zip(snapshot.layer_names, snapshot.layer_norms, strict=True) if norm is not None
+    ]
+    for norm, name in heapq.nlargest(MAX_LAYERS, measured, key=lambda layer: (math.isnan(layer[0]), layer)):
+        yield Sample(metrics.LAYER_GRAD_NORM, (name,), norm)
+
+
+def _ppo(snapshot: Snapshot) -> Iterator[Sample]:
+    ppo = snapshot.ppo
+    if ppo is None:
+        return
+    yield Sample(metrics.PPO_INF_GRADS, (), ppo.inf_grad_count)
+    yield Sample(metrics.PPO_NAN_GRADS, (), ppo.nan_grad_count)
+    yield Sample(metrics.PPO_UPDATES, (), ppo.update)
+    yield Sample(metrics.PPO_EPISODES, (), ppo.episodes)
+    yield Sample(metrics.PPO_UPDATE_SECONDS, (), _or_nan(ppo.update_seconds))
+    yield Sample(metrics.PPO_REWARD, (), _or_nan(ppo.episode_reward))
+    yield Sample(metrics.PPO_POLICY_LOSS, (), _or_nan(ppo.policy_loss))
+    yield Sample(metrics.PPO_VALUE_LOSS, (), _or_nan(ppo.value_loss))
+    yield Sample(metrics.PPO_ENTROPY, (), _or_nan(ppo.entropy))
+    yield Sample(metrics.PPO_APPROX_KL, (), _or_nan(ppo.approx_kl))
+    yield Sample(metrics.PPO_CLIP_FRACTION, (), _or_nan(ppo.clip_fraction))
+    yield Sample(metrics.PPO_EXPLAINED_VARIANCE, (), _or_nan(ppo.explained_variance))
+
+
+def _run(snapshot: Snapshot) -> Iterator[Sample]:
+    run = snapshot.run
+    yield Sample(metrics.MONITOR_ERRORS, (), snapshot.monitor_errors)
+    yield Sample(metrics.MONITOR_SECONDS, (), snapshot.monitor_seconds)
+    yield Sample(metrics.RUN_ENDED, (), snapshot.ended)
+    yield Sample(metrics.RUN_INFO, (run.run_id, str(run.rank), str(run.world_size), run.host, str(run.pid)), 1)
+    yield Sample(metrics.BUILD_INFO, (version("esper-telemetry"), version("torch"), platform.python_version()), 1)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

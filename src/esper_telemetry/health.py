@@ -1,0 +1,90 @@
+"""What a gradient check means: tiers, per-layer statistics and their sum over layers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+WARNING_ABOVE = 0
+CRITICAL_ABOVE = 5
+"""Bad elements of one kind in one check; `alerts/rules.yml` carries the same two numbers."""
+
+DEAD_ZERO_FRACTION = 0.9
+EXPLODING_LARGE_FRACTION = 0.1
+
+
+class HealthTier(Enum):
+    """Name how bad a count of Inf or NaN elements in one check is."""
+
+    HEALTHY = "healthy"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+    @classmethod
+    def of(cls, count: int) -> HealthTier:
+        """Return the tier of `count` bad elements of one kind."""
+        if count > CRITICAL_ABOVE:
+            return cls.CRITICAL
+        return cls.WARNING if count > WARNING_ABOVE else cls.HEALTHY
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGradientStats:
+    """Describe one layer's gradient.
+
+    norm, mean, std, min and max are over the finite elements, so that one Inf does not erase the rest; they are 0.0
+    where there is no finite element. The fractions are shares of all `param_count` elements: exactly zero,
+    |g| < 1e-6 (zeros among them), and |g| > 10 (finite ones).
+    """
+
+    layer_name: str
+    param_count: int
+    norm: float
+    mean: float
+    std: float
+    min: float
+    max: float
+    zero_fraction: float
+    small_fraction: float
+    large_fraction: float
+    nan_count: int
+    inf_count: int
+
+    @property
+    def dead(self) -> bool:
+        """Tell whether nearly all of the gradient is exactly zero."""
+        return self.zero_fraction > DEAD_ZERO_FRACTION
+
+    @property
+    def exploding(self) -> bool:
+        """Tell whether a good part of the gradient is far too large."""
+        return self.large_fraction > EXPLODING_LARGE_FRACTION
+
+    @property
+    def tier(self) -> HealthTier:
+        """Return the worse of the layer's two tiers."""
+        return HealthTier.of(max(self.inf_count, self.nan_count))
+
+
+@dataclass(frozen=True, slots=True)
+class GradientHealth:
+    """Sum the layers' statistics over a model. No field has a default: a sum that is not taken cannot be built."""
+
+    inf_grad_count: int
+    nan_grad_count: int
+    dead_layers: int
+    exploding_layers: int
+    layer_gradient_health: dict[str, HealthTier]
+
+
+def aggregate_layer_gradient_health(stats: Iterable[LayerGradientStats]) -> GradientHealth:
+    """Sum per-layer statistics; no layers give zeros and an empty mapping."""
+    layers = list(stats)
+    return GradientHealth(
+        inf_grad_count=sum(layer.inf_count for layer in layers),
+        nan_grad_count=sum(layer.nan_count for layer in layers),
+        dead_layers=sum(layer.dead for layer in layers),
+        exploding_layers=sum(layer.exploding for layer in layers),
+        layer_gradient_health={layer.layer_name: layer.tier for layer in layers},
+    )

@@ -1,0 +1,111 @@
+"""Every metric once: what it is called, what it means, what it is measured in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+KINDS = ("inf", "nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Describe one metric; `unit` is UCUM, as OpenTelemetry spells it, and counters carry their `_total`."""
+
+    name: str
+    type: Literal["gauge", "counter"]
+    help: str
+    unit: str = "1"
+    labels: tuple[str, ...] = ()
+
+
+def _gauge(name: str, help: str, unit: str = "1", labels: tuple[str, ...] = ()) -> Metric:
+    return Metric(name, "gauge", help, unit, labels)
+
+
+def _counter(name: str, help: str, unit: str = "1", labels: tuple[str, ...] = ()) -> Metric:
+    return Metric(name, "counter", help, unit, labels)
+
+
+INF_GRAD_COUNT = _gauge("esper_inf_grad_count", "Inf elements in the gradient at the last check.", "{element}")
+NAN_GRAD_COUNT = _gauge("esper_nan_grad_count", "NaN elements in the gradient at the last check.", "{element}")
+INF_GRAD_RECENT_MAX = _gauge(
+    "esper_inf_grad_recent_max", "Largest number of Inf elements in one check of the recent window.", "{element}"
+)
+NAN_GRAD_RECENT_MAX = _gauge(
+    "esper_nan_grad_recent_max", "Largest number of NaN elements in one check of the recent window.", "{element}"
+)
+RECENT_WINDOW = _gauge("esper_recent_window_seconds", "Length of the recent window.", "s")
+CHECKS = _counter("esper_checks_total", "Measurements made; 0 means that nothing was measured yet.", "{check}")
+NONFINITE_CHECKS = _counter(
+    "esper_nonfinite_checks_total",
+    "Checks that found elements of that kind, by tier: warning is 1 to 5, critical more.",
+    "{check}",
+    ("kind", "tier"),
+)
+NONFINITE_GRADS = _counter(
+    "esper_nonfinite_grads_total", "Bad elements of that kind, summed over checks.", "{element}", ("kind",)
+)
+LAST_CHECK = _gauge("esper_last_check_timestamp_seconds", "Unix time of the last check; NaN before the first.", "s")
+LAST_NONFINITE = _gauge(
+    "esper_last_nonfinite_timestamp_seconds",
+    "Unix time of the last check that found that kind; NaN while there was none.",
+    "s",
+    ("kind",),
+)
+GRAD_NORM = _gauge("esper_grad_norm", "L2 norm of the gradient before clipping; NaN before the first check.")
+GRAD_ELEMENTS = _gauge("esper_grad_elements", "Elements covered by the last check; NaN before the first.", "{element}")
+DEAD_LAYERS = _gauge(
+    "esper_dead_layers", "Layers with over 90 % exact zeros in their gradient; NaN until measured.", "{layer}"
+)
+EXPLODING_LAYERS = _gauge(
+    "esper_exploding_layers", "Layers with over 10 % elements beyond 10; NaN until measured.", "{layer}"
+)
+LAYER_INF_GRAD_COUNT = _gauge(
+    "esper_layer_inf_grad_count",
+    "Most Inf elements in one check of the recent window, the worst bad layers only.",
+    "{element}",
+    ("layer",),
+)
+LAYER_NAN_GRAD_COUNT = _gauge(
+    "esper_layer_nan_grad_count",
+    "Most NaN elements in one check of the recent window, the worst bad layers only.",
+    "{element}",
+    ("layer",),
+)
+LAYERS_DROPPED = _gauge("esper_layers_dropped", "Bad layers of the recent window that have no series.", "{layer}")
+LAYER_GRAD_NORM = _gauge(
+    "esper_layer_grad_norm", "L2 norm of the layer's gradient before clipping, the largest only.", labels=("layer",)
+)
+ORIGIN_LAYER = _gauge(
+    "esper_origin_layer_info",
+    "Layer nearest the loss that held that kind in the last check that found it: where it began.",
+    labels=("layer", "kind"),
+)
+SKIPPED_UPDATES = _counter(
+    "esper_skipped_updates_total", "Optimizer steps that were not taken, by reason.", "{update}", ("reason",)
+)
+PPO_POLICY_LOSS = _gauge("esper_ppo_policy_loss", "Policy loss of the last PPO update.")
+PPO_VALUE_LOSS = _gauge("esper_ppo_value_loss", "Value loss of the last PPO update.")
+PPO_ENTROPY = _gauge("esper_ppo_entropy", "Mean policy entropy in the last PPO update.", "nat")
+PPO_APPROX_KL = _gauge("esper_ppo_approx_kl", "Approximate KL divergence of the last PPO update.", "nat")
+PPO_CLIP_FRACTION = _gauge("esper_ppo_clip_fraction", "Share of clipped samples in the last PPO update.")
+PPO_EXPLAINED_VARIANCE = _gauge("esper_ppo_explained_variance", "Explained variance at the last PPO update.")
+PPO_REWARD = _gauge("esper_ppo_episode_reward", "Mean reward of the last 100 episodes; NaN before the first ended.")
+PPO_INF_GRADS = _gauge("esper_ppo_inf_grads", "Inf elements in the worst check of the last PPO update.", "{element}")
+PPO_NAN_GRADS = _gauge("esper_ppo_nan_grads", "NaN elements in the worst check of the last PPO update.", "{element}")
+PPO_UPDATE_SECONDS = _gauge("esper_ppo_update_seconds", "Duration of the last PPO update.", "s")
+PPO_UPDATES = _counter("esper_ppo_updates_total", "PPO updates made.", "{update}")
+PPO_EPISODES = _counter("esper_ppo_episodes_total", "Episodes finished.", "{episode}")
+COLLECT_ERRORS = _counter(
+    "esper_exporter_collect_errors_total", "Pages that could not be built from the snapshot.", "{error}"
+)
+MONITOR_ERRORS = _counter("esper_monitor_errors_total", "Checks that failed by a fault of the monitor.", "{error}")
+MONITOR_SECONDS = _counter("esper_monitor_seconds_total", "Time spent measuring in the training thread.", "s")
+RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed: no further check is to come.")
+RUN_INFO = _gauge(
+    "esper_run_info", "The run behind this target.", labels=("run_id", "rank", "world_size", "host", "pid")
+)
+BUILD_INFO = _gauge("esper_build_info", "Versions in use.", labels=("version", "torch", "python"))
+
+METRICS = tuple(value for value in globals().values() if isinstance(value, Metric))

@@ -1,0 +1,323 @@
+"""The monitor: measures gradients in the training thread and holds the one snapshot that everybody reads."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esper_telemetry.health import CRITICAL_ABOVE, HealthTier, aggregate_layer_gradient_health
+from esper_telemetry.hooks import BackwardHooks
+from esper_telemetry.layers import Model, named_layers, named_modules
+from esper_telemetry.payload import PPOUpdatePayload
+from esper_telemetry.recent import LayerCounts, worst_first
+from esper_telemetry.scan import Scan, describe, scan, total_norm
+from esper_telemetry.snapshot import RunInfo, Snapshot
+
+logger = logging.getLogger("esper_telemetry")
+
+POLICIES = ("continue", "skip", "halt")
+
+Policy = str | Callable[[Snapshot], str | None]
+
+
+class GradientsCritical(RuntimeError):
+    """Stop training: a check found more than 5 Inf or more than 5 NaN elements, and `on_critical` is "halt"."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__(
+            f"critical gradients at check {snapshot.checks}: Inf {snapshot.inf_grad_count}, "
+            f"NaN {snapshot.nan_grad_count} (critical is above {CRITICAL_ABOVE}), first in {snapshot.origin_layer}"
+        )
+        self.snapshot = snapshot
+
+
+class GradientMonitor:
+    """Count the Inf and NaN elements in a model's gradients.
+
+    Call `update()` between `backward()` and whatever clips, or let `watch()` do it. Measuring never raises: a fault
+    of ours is logged once and counted in `snapshot.monitor_errors`.
+
+    model: a Module, or a dict name -> Module whose names become prefixes of the layer names. It is not kept alive.
+    optimizer: one or several, needed by `on_critical="skip"`.
+    on_critical: what to do when a check finds more than 5 elements of one kind. "continue"; "skip": the optimizer
+        steps until the next check change neither parameters nor optimizer state; "halt": raise GradientsCritical
+        from the call that measured; or a callable that is given the snapshot and returns one of these or None. What
+        the callable raises reaches the training loop.
+    statistics_every: checks between two refreshes of dead and exploding layers; a bad check refreshes at once.
+    recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
+    before_check: called with the number of the check to come; for fault injection.
+    run_id: names the run; made up when it is not given.
+
+    Raise ValueError when an argument is not one of these.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        on_critical: Policy = "continue",
+        statistics_every: int = 100,
+        recent_window_seconds: float = 120.0,
+        before_check: Callable[[int], None] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        optimizers = _optimizers(optimizer)
+        _check_options(on_critical, optimizers, statistics_every, recent_window_seconds)
+        self._modules = {prefix: weakref.ref(module) for prefix, module in named_modules(model).items()}
+        self._on_critical = on_critical
+        self._statistics_every = statistics_every
+        self._before_check = before_check
+        self._on_backward_end: Callable[[], None] | None = None
+        self._listeners: list[Callable[[Snapshot], None]] = []
+        self._lock = threading.RLock()
+        self._seconds = 0.0
+        self._dropping = False
+        self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds))
+        self._list_layers()
+        self._step_hooks = [each.register_step_pre_hook(self._before_step) for each in optimizers]
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Return what the last check found."""
+        return self._snapshot
+
+    def update(self) -> Snapshot:
+        """Measure every `.grad` now and return the new snapshot.
+
+        Raise only GradientsCritical, when `on_critical` says "halt", and what a callable `on_critical` raises.
+        """
+        started = time.perf_counter()
+        with self._lock:
+            checked = self._try_to_check(started)
+            snapshot = self._snapshot
+        if checked:
+            self._tell(snapshot)
+        self._seconds += time.perf_counter() - started
+        if checked:
+            self._react(snapshot)
+        return snapshot
+
+    def check_after_backward(self) -> None:
+        """Call `update()` by itself at the end of each backward pass, from now on."""
+        self._on_backward_end = self._update_by_itself
+        self._hooks.remove()
+        self._list_layers()
+
+    def on_check(self, listener: Callable[[Snapshot], None]) -> Callable[[], None]:
+        """Call `listener` with each new snapshot in the training thread; return a function that ends that.
+
+        What a listener raises is logged once and counted, never passed on.
+        """
+        self._listeners.append(listener)
+        return partial(self._listeners.remove, listener)
+
+    def record_ppo_update(self, payload: PPOUpdatePayload) -> None:
+        """Put a PPO update into the snapshot."""
+        with self._lock:
+            self._snapshot = replace(self._snapshot, ppo=payload)
+
+    def flush(self) -> None:
+        """Wait for results that are still on a device."""
+
+    def close(self) -> None:
+        """Remove every hook and mark the snapshot as the run's last; a second call does nothing."""
+        self.flush()
+        with self._lock:
+            self._hooks.remove()
+            for hook in self._step_hooks:
+                hook.remove()
+            self._step_hooks.clear()
+            ended = self._snapshot.ended
+            self._snapshot = replace(self._snapshot, ended=True)
+        if not ended:
+            self._tell(self._snapshot)
+
+    def _list_layers(self) -> None:
+        modules = {prefix: module for prefix, ref in self._modules.items() if (module := ref()) is not None}
+        named = list(named_layers(modules)) if modules else []
+        self._names = tuple(name for name, _ in named)
+        self._parameters = [weakref.ref(parameter) for _, parameter in named]
+        self._hooks = BackwardHooks([parameter for _, parameter in named], self._on_backward_end)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return each layer's gradient; a module that replaced a parameter is listed anew."""
+        parameters = [reference() for reference in self._parameters]
+        if None in parameters:
+            self._hooks.remove()
+            self._list_layers()
+            parameters = [reference() for reference in self._parameters]
+        return [None if parameter is None else parameter.grad for parameter in parameters]
+
+    def _try_to_check(self, started: float) -> bool:
+        try:
+            with torch.no_grad():
+                self._check(started)
+        except Exception:
+            self._fail("a check failed")
+            return False
+        return True
+
+    def _check(self, started: float) -> None:
+        before = self._snapshot
+        if self._before_check is not None:
+            self._before_check(before.checks + 1)
+        gradients = self._gradients()
+        found = scan(gradients)
+        after = replace(
+            before,
+            checks=before.checks + 1,
+            inf_grad_count=sum(inf for inf, _ in found.bad.values()),
+            nan_grad_count=sum(nan for _, nan in found.bad.values()),
+            grad_norm=total_norm(found.norms),
+            elements=found.elements,
+            layers=(),
+            timestamp=time.time(),
+            layer_names=self._names,
+            layer_norms=found.norms,
+        )
+        order = self._hooks.take_order()
+        if found.bad:
+            after = self._with_bad_layers(after, found, gradients, order)
+        if found.bad or before.checks % self._statistics_every == 0:
+            after = self._with_statistics(after, gradients)
+        self._dropping = after.tier is HealthTier.CRITICAL and self._on_critical == "skip"
+        self._snapshot = replace(after, monitor_seconds=self._seconds + time.perf_counter() - started)
+
+    def _with_bad_layers(
+        self, snapshot: Snapshot, found: Scan, gradients: Sequence[Tensor | None], order: Sequence[int]
+    ) -> Snapshot:
+        names, timestamp = self._names, snapshot.timestamp or time.time()
+        layers = worst_first(
+            LayerCounts(names[index], inf, nan, gradient.numel())
+            for index, (inf, nan) in found.bad.items()
+            if (gradient := gradients[index]) is not None
+        )
+        by_arrival = _by_arrival(found.bad, order)
+        inf_origin = next((names[index] for index in by_arrival if found.bad[index][0]), None)
+        nan_origin = next((names[index] for index in by_arrival if found.bad[index][1]), None)
+        return replace(
+            snapshot,
+            layers=layers,
+            origin_layer=names[by_arrival[0]],
+            inf=snapshot.inf.after(snapshot.inf_grad_count, timestamp, inf_origin),
+            nan=snapshot.nan.after(snapshot.nan_grad_count, timestamp, nan_origin),
+            recent=snapshot.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
+        )
+
+    def _with_statistics(self, snapshot: Snapshot, gradients: Sequence[Tensor | None]) -> Snapshot:
+        layers = [
+            describe(name, gradient)
+            for name, gradient in zip(self._names, gradients, strict=True)
+            if gradient is not None
+        ]
+        health = aggregate_layer_gradient_health(layers)
+        return replace(snapshot, dead_layers=health.dead_layers, exploding_layers=health.exploding_layers)
+
+    def _tell(self, snapshot: Snapshot) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener(snapshot)
+            except Exception:
+                self._fail(f"{listener} failed")
+
+    def _react(self, snapshot: Snapshot) -> None:
+        if snapshot.tier is not HealthTier.CRITICAL:
+            return
+        policy = self._on_critical(snapshot) if callable(self._on_critical) else self._on_critical
+        self._dropping = policy == "skip"
+        if policy == "halt":
+            raise GradientsCritical(snapshot)
+
+    def _update_by_itself(self) -> None:
+        self.update()
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Take the gradients away: torch's optimizers leave a parameter without one, and its state, alone."""
+        if not self._dropping:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        with self._lock:
+            self._snapshot = self._snapshot.skipping("intervention")
+
+    def _fail(self, what: str) -> None:
+        if self._snapshot.monitor_errors == 0:
+            logger.exception("esper: %s; training goes on, and this is counted and not logged again", what)
+        with self._lock:
+            self._snapshot = replace(self._snapshot, monitor_errors=self._snapshot.monitor_errors + 1)
+
+
+def watch(
+    model: Model,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    on_critical: Policy = "continue",
+    statistics_every: int = 100,
+    recent_window_seconds: float = 120.0,
+    before_check: Callable[[int], None] | None = None,
+    run_id: str | None = None,
+) -> GradientMonitor:
+    """Return a GradientMonitor that measures by itself at the end of each backward pass, before anything clips."""
+    monitor = GradientMonitor(
+        model,
+        optimizer=optimizer,
+        on_critical=on_critical,
+        statistics_every=statistics_every,
+        recent_window_seconds=recent_window_seconds,
+        before_check=before_check,
+        run_id=run_id,
+    )
+    monitor.check_after_backward()
+    return monitor
+
+
+def _by_arrival(bad: Iterable[int], order: Sequence[int]) -> list[int]:
+    """Sort bad layers, first the one that gradients reached first; unhooked ones last, the last registered first."""
+    place = {index: position for position, index in enumerate(order)}
+    return sorted(bad, key=lambda index: (place.get(index, math.inf), -index))
+
+
+def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for each in given:
+        if not isinstance(each, Optimizer):
+            raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")
+    return given
+
+
+def _check_options(
+    on_critical: Policy, optimizers: list[Optimizer], statistics_every: int, recent_window_seconds: float
+) -> None:
+    if not callable(on_critical) and on_critical not in POLICIES:
+        raise ValueError(f"on_critical: expected one of {', '.join(POLICIES)} or a callable, got {on_critical!r}")
+    if on_critical == "skip" and not optimizers:
+        raise ValueError("on_critical: 'skip' expects optimizer=, whose steps it drops, and none was given")
+    if statistics_every < 1:
+        raise ValueError(f"statistics_every: expected at least 1, got {statistics_every}")
+    if not 0 < recent_window_seconds < math.inf:
+        raise ValueError(f"recent_window_seconds: expected seconds above 0, got {recent_window_seconds}")
+
+
+def _run_info(run_id: str | None) -> RunInfo:
+    return RunInfo(
+        run_id=run_id or uuid.uuid4().hex[:12],
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+    )

@@ -1,0 +1,7 @@
+"""Counting kernels behind one function."""
+
+from esper_telemetry.scan.dispatch import scan
+from esper_telemetry.scan.result import Scan, total_norm
+from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe
+
+__all__ = ["Scan", "collect_per_layer_gradients", "describe", "scan", "total_norm"]

@@ -1,0 +1,28 @@
+"""What a scan found: norms and counts by layer index. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Hold what one look at a list of gradients found.
+
+    norms: one per gradient, None where there was none; Inf or NaN where the layer holds a bad element.
+    bad: index -> (inf_count, nan_count), only layers with a bad element.
+    elements: how many elements were looked at.
+    """
+
+    norms: list[float | None]
+    bad: dict[int, tuple[int, int]]
+    elements: int
+
+
+def total_norm(norms: Iterable[float | None]) -> float:
+    """Combine L2 norms as torch would: NaN where one is NaN, else Inf where one is, never an overflow of squares."""
+    taken = [norm for norm in norms if norm is not None]
+    total = math.hypot(*taken)
+    return total if math.isfinite(total) else sum(taken)
