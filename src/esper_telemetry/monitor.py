@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ class GradientMonitor:
     def _gradients(self) -> list[Tensor | None]:
         """Return each layer's gradient; a module that replaced a parameter is listed anew."""
         parameters = [reference() for reference in self._parameters]
-        if None in parameters:
+        if any(parameter is None for parameter in parameters):
             self._hooks.remove()
             self._list_layers()
             parameters = [reference() for reference in self._parameters]
@@ -177,30 +178,36 @@ class GradientMonitor:
             self._before_check(before.checks + 1)
         gradients = self._gradients()
         found = scan(gradients)
-        after = replace(
+        order = self._hooks.take_order()
+        timestamp = time.time()
+        news: dict[str, Any] = {"layers": ()}
+        if found.bad:
+            news |= self._bad_layers(before, found, gradients, order, timestamp)
+        if found.bad or before.checks % self._statistics_every == 0:
+            news |= self._statistics(gradients)
+        self._snapshot = replace(
             before,
             checks=before.checks + 1,
-            inf_grad_count=sum(inf for inf, _ in found.bad.values()),
-            nan_grad_count=sum(nan for _, nan in found.bad.values()),
+            inf_grad_count=found.inf_count,
+            nan_grad_count=found.nan_count,
             grad_norm=total_norm(found.norms),
             elements=found.elements,
-            layers=(),
-            timestamp=time.time(),
+            timestamp=timestamp,
             layer_names=self._names,
             layer_norms=found.norms,
+            monitor_seconds=self._seconds + time.perf_counter() - started,
+            **news,
         )
-        order = self._hooks.take_order()
-        if found.bad:
-            after = self._with_bad_layers(after, found, gradients, order)
-        if found.bad or before.checks % self._statistics_every == 0:
-            after = self._with_statistics(after, gradients)
-        self._dropping = after.tier is HealthTier.CRITICAL and self._on_critical == "skip"
-        self._snapshot = replace(after, monitor_seconds=self._seconds + time.perf_counter() - started)
 
-    def _with_bad_layers(
-        self, snapshot: Snapshot, found: Scan, gradients: Sequence[Tensor | None], order: Sequence[int]
-    ) -> Snapshot:
-        names, timestamp = self._names, snapshot.timestamp or time.time()
+    def _bad_layers(
+        self,
+        before: Snapshot,
+        found: Scan,
+        gradients: Sequence[Tensor | None],
+        order: Sequence[int],
+        timestamp: float,
+    ) -> dict[str, Any]:
+        names = self._names
         layers = worst_first(
             LayerCounts(names[index], inf, nan, gradient.numel())
             for index, (inf, nan) in found.bad.items()
@@ -209,23 +216,18 @@ class GradientMonitor:
         by_arrival = _by_arrival(found.bad, order)
         inf_origin = next((names[index] for index in by_arrival if found.bad[index][0]), None)
         nan_origin = next((names[index] for index in by_arrival if found.bad[index][1]), None)
-        return replace(
-            snapshot,
-            layers=layers,
-            origin_layer=names[by_arrival[0]],
-            inf=snapshot.inf.after(snapshot.inf_grad_count, timestamp, inf_origin),
-            nan=snapshot.nan.after(snapshot.nan_grad_count, timestamp, nan_origin),
-            recent=snapshot.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
-        )
+        return {
+            "layers": layers,
+            "origin_layer": names[by_arrival[0]],
+            "inf": before.inf.after(found.inf_count, timestamp, inf_origin),
+            "nan": before.nan.after(found.nan_count, timestamp, nan_origin),
+            "recent": before.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
+        }
 
-    def _with_statistics(self, snapshot: Snapshot, gradients: Sequence[Tensor | None]) -> Snapshot:
-        layers = [
-            describe(name, gradient)
-            for name, gradient in zip(self._names, gradients, strict=True)
-            if gradient is not None
-        ]
-        health = aggregate_layer_gradient_health(layers)
-        return replace(snapshot, dead_layers=health.dead_layers, exploding_layers=health.exploding_layers)
+    def _statistics(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+        layers = zip(self._names, gradients, strict=True)
+        health = aggregate_layer_gradient_health(describe(name, each) for name, each in layers if each is not None)
+        return {"dead_layers": health.dead_layers, "exploding_layers": health.exploding_layers}
 
     def _tell(self, snapshot: Snapshot) -> None:
         for listener in tuple(self._listeners):
@@ -235,6 +237,7 @@ class GradientMonitor:
                 self._fail(f"{listener} failed")
 
     def _react(self, snapshot: Snapshot) -> None:
+        self._dropping = False
         if snapshot.tier is not HealthTier.CRITICAL:
             return
         policy = self._on_critical(snapshot) if callable(self._on_critical) else self._on_critical

@@ -18,6 +18,9 @@ _NORMED = frozenset({torch.float32, torch.float64, torch.bfloat16})
 """The dtypes whose norm torch computes at the speed of memory, in an accumulator that holds their range."""
 
 _STRIDED = torch.strided
+
+_Layer = tuple[int, Tensor]
+_MANY = 64
 _STACKED_FROM = 8
 _STACKED_NUMEL = 4096
 
@@ -27,33 +30,50 @@ def scan_cpu(gradients: Sequence[Tensor | None]) -> Scan:
     norms: list[float | None] = [None] * len(gradients)
     bad: dict[int, tuple[int, int]] = {}
     elements = 0
-    alike: dict[tuple[torch.Size, torch.dtype], list[tuple[int, Tensor]]] = {}
+    small: list[_Layer] = []
     for index, gradient in enumerate(gradients):
         if gradient is None:
             continue
-        if type(gradient) is Tensor and gradient.layout is _STRIDED and (numel := gradient.numel()) <= CHUNK:
+        if (
+            type(gradient) is Tensor
+            and gradient.layout is _STRIDED
+            and gradient.dtype in _NORMED
+            and (numel := gradient.numel()) <= CHUNK
+        ):
             elements += numel
-            alike.setdefault((gradient.shape, gradient.dtype), []).append((index, gradient))
+            small.append((index, gradient))
         else:
             elements += local_numel(gradient)
             norms[index] = _inspect(materialize(gradient), index, bad)
-    for (shape, dtype), small in alike.items():
-        for (index, gradient), norm in zip(small, _small_norms(shape, dtype, small), strict=True):
-            norms[index] = norm if math.isfinite(norm) else _inspect(gradient, index, bad)
+    for (index, gradient), norm in _small_norms(small):
+        norms[index] = norm if math.isfinite(norm) else _inspect(gradient, index, bad)
     return Scan(norms, bad, elements)
 
 
-def _small_norms(shape: torch.Size, dtype: torch.dtype, small: list[tuple[int, Tensor]]) -> list[float]:
-    """Take the norms of gradients of one shape; many tiny ones are stacked, as a call costs more than the copy."""
-    tensors = [tensor for _, tensor in small]
-    if dtype not in _NORMED:
-        return [math.nan] * len(tensors)  # no proof: each is looked at
-    if len(tensors) < _STACKED_FROM or shape.numel() > _STACKED_NUMEL:
-        return [norm.item() for norm in torch._foreach_norm(tensors, 2)]
-    width = CHUNK // max(1, shape.numel())
+def _small_norms(small: list[_Layer]) -> Iterator[tuple[_Layer, float]]:
+    """Take the norms of small gradients; among many, tiny ones of one shape are stacked."""
+    single = small
+    if len(small) >= _MANY:
+        alike: dict[tuple[torch.Size, torch.dtype], list[_Layer]] = {}
+        for layer in small:
+            alike.setdefault((layer[1].shape, layer[1].dtype), []).append(layer)
+        single = []
+        for (shape, _), layers in alike.items():
+            if len(layers) < _STACKED_FROM or shape.numel() > _STACKED_NUMEL:
+                single += layers
+            else:
+                yield from zip(layers, _stacked_norms(shape, layers), strict=True)
+    if single:
+        norms = torch._foreach_norm([gradient for _, gradient in single], 2)
+        yield from zip(single, map(Tensor.item, norms), strict=True)
+
+
+def _stacked_norms(shape: torch.Size, layers: list[_Layer]) -> list[float]:
+    """Take the norms of many tiny gradients of one shape: a call for each would cost more than a copy."""
+    width = _STACKED_NUMEL * 4 // max(1, shape.numel())  # too little for torch to wake a second thread for
     norms: list[float] = []
-    for start in range(0, len(tensors), width):
-        rows = torch.stack(tensors[start : start + width])
+    for start in range(0, len(layers), width):
+        rows = torch.stack([gradient for _, gradient in layers[start : start + width]])
         norms += torch.linalg.vector_norm(rows.view(len(rows), -1), dim=1).tolist()
     return norms
 

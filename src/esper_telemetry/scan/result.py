@@ -20,6 +20,16 @@ class Scan:
     bad: dict[int, tuple[int, int]]
     elements: int
 
+    @property
+    def inf_count(self) -> int:
+        """Return the Inf elements of all layers."""
+        return sum(inf for inf, _ in self.bad.values())
+
+    @property
+    def nan_count(self) -> int:
+        """Return the NaN elements of all layers."""
+        return sum(nan for _, nan in self.bad.values())
+
 
 def total_norm(norms: Iterable[float | None]) -> float:
     """Combine L2 norms as torch would: NaN where one is NaN, else Inf where one is, never an overflow of squares."""

@@ -1,0 +1,160 @@
+"""The `esper` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, NoReturn
+
+from esper_telemetry.exporters.address import default_address
+from esper_telemetry.faults import Fault
+from esper_telemetry.monitor import POLICIES
+
+if TYPE_CHECKING:
+    from esper_telemetry.ppo import PPOJob, Summary
+
+EXIT_MISSED = 1
+EXIT_USAGE = 2
+EXIT_HALTED = 3
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Say what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `esper` and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    code: int = options.run(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "esper", description="Numerical health of PyTorch gradients, from param.grad to the on-call phone."
+    )
+    parser.add_argument("--version", action="version", version=f"esper-telemetry {version('esper-telemetry')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    ppo = commands.add_parser("ppo", help="train PPO with its gradients watched", description=_PPO)
+    ppo.set_defaults(run=_ppo)
+    ppo.add_argument("--episodes", type=int, default=10, help="episodes to train for (default: 10)")
+    ppo.add_argument("--env", default="CartPole-v1", help="Gymnasium environment (default: CartPole-v1)")
+    ppo.add_argument("--seed", type=int, default=0, help="seed of environment and policy (default: 0)")
+    ppo.add_argument(
+        "--listen-address",
+        metavar="HOST:PORT",
+        default=default_address(),
+        help="where to serve /metrics; port 0 picks a free one (default: %(default)s)",
+    )
+    ppo.add_argument(
+        "--inject",
+        metavar="KIND:COUNT@CHECK[:LAYER]",
+        type=_fault,
+        action="append",
+        default=[],
+        help="write COUNT bad elements (inf or nan) into the gradient at that check; may be repeated",
+    )
+    ppo.add_argument(
+        "--on-critical",
+        choices=POLICIES,
+        default="continue",
+        help="what to do when a check finds more than 5 bad elements of a kind: go on, skip that optimizer step, or "
+        "halt with exit code 3 (default: continue)",
+    )
+    ppo.add_argument(
+        "--linger",
+        metavar="SECONDS",
+        type=float,
+        default=20.0,
+        help="at exit, stay up this long at most until the last bad check was scraped (default: 20)",
+    )
+    ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
+    return parser
+
+
+_PPO = "Train a PPO agent with its gradients watched, and serve what is measured at /metrics."
+
+
+def _fault(text: str) -> Fault:
+    try:
+        return Fault.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _ppo(options: argparse.Namespace) -> int:
+    try:
+        from esper_telemetry.ppo import Options, PPOJob
+
+        job = PPOJob(
+            Options(
+                episodes=options.episodes,
+                env=options.env,
+                seed=options.seed,
+                listen_address=options.listen_address,
+                inject=options.inject,
+                on_critical=options.on_critical,
+                linger=options.linger,
+            )
+        )
+    except (ImportError, OSError, ValueError) as error:
+        print(f"esper ppo: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return _train(job, options)
+    except KeyboardInterrupt:
+        print("esper ppo: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        job.exporter.close()
+
+
+def _train(job: PPOJob, options: argparse.Namespace) -> int:
+    from esper_telemetry.status import open_display
+
+    print(f"esper ppo: {options.env}, metrics at {job.exporter.url}/metrics", flush=True)
+    display = open_display(options.episodes)
+    try:
+        summary = job.train(display)
+    finally:
+        display.close()
+    _print_summary(summary)
+    if options.hold:
+        _hold(job.exporter.url)
+    if summary.halted is not None:
+        print(f"esper ppo: halted: {summary.halted}", file=sys.stderr)
+        return EXIT_HALTED
+    if summary.missed:
+        print(f"esper ppo: not injected, the run ended before: {', '.join(map(str, summary.missed))}", file=sys.stderr)
+        return EXIT_MISSED
+    return 0
+
+
+def _hold(url: str) -> None:
+    print(f"training is over; {url} stays up until Ctrl-C", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+
+
+def _print_summary(summary: Summary) -> None:
+    share = summary.monitor_seconds / summary.seconds if summary.seconds else 0.0
+    first = f"{summary.first_bad_layer}, at check {summary.first_bad_check}" if summary.bad_checks else "none"
+    print(
+        f"checks           {summary.checks}\n"
+        f"bad checks       {summary.bad_checks}\n"
+        f"worst check      Inf {summary.worst_inf}, NaN {summary.worst_nan}\n"
+        f"first bad layer  {first}\n"
+        f"measuring        {summary.monitor_seconds:.3f} s, {share:.1%} of the {summary.seconds:.1f} s run",
+        flush=True,
+    )

@@ -1,0 +1,1 @@
+"""One file per framework, each one line for its user."""
