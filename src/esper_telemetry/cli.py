@@ -17,7 +17,7 @@ from esper_telemetry.monitor import POLICIES
 if TYPE_CHECKING:
     from esper_telemetry.ppo import PPOJob, Summary
 
-EXIT_MISSED = 1
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_HALTED = 3
 EXIT_INTERRUPTED = 130
@@ -46,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     ppo = commands.add_parser("ppo", help="train PPO with its gradients watched", description=_PPO)
     ppo.set_defaults(run=_ppo)
-    ppo.add_argument("--episodes", type=int, default=10, help="episodes to train for (default: 10)")
+    ppo.add_argument("--episodes", type=_whole, default=10, help="episodes to train for (default: 10)")
     ppo.add_argument("--env", default="CartPole-v1", help="Gymnasium environment (default: CartPole-v1)")
-    ppo.add_argument("--seed", type=int, default=0, help="seed of environment and policy (default: 0)")
+    ppo.add_argument("--seed", type=_whole, default=0, help="seed of environment and policy (default: 0)")
     ppo.add_argument(
         "--listen-address",
         metavar="HOST:PORT",
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     ppo.add_argument(
         "--linger",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         default=20.0,
         help="at exit, stay up this long at most until the last bad check was scraped (default: 20)",
     )
@@ -82,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _PPO = "Train a PPO agent with its gradients watched, and serve what is measured at /metrics."
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected seconds, got {text!r}") from None
 
 
 def _fault(text: str) -> Fault:
@@ -106,7 +120,7 @@ def _ppo(options: argparse.Namespace) -> int:
                 linger=options.linger,
             )
         )
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         print(f"esper ppo: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
@@ -133,9 +147,12 @@ def _train(job: PPOJob, options: argparse.Namespace) -> int:
     if summary.halted is not None:
         print(f"esper ppo: halted: {summary.halted}", file=sys.stderr)
         return EXIT_HALTED
+    if summary.died is not None:
+        print(f"esper ppo: training died after bad check {summary.first_bad_check}: {summary.died}", file=sys.stderr)
+        return EXIT_FAILED
     if summary.missed:
         print(f"esper ppo: not injected, the run ended before: {', '.join(map(str, summary.missed))}", file=sys.stderr)
-        return EXIT_MISSED
+        return EXIT_FAILED
     return 0
 
 

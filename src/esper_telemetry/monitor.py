@@ -142,10 +142,7 @@ class GradientMonitor:
             for hook in self._step_hooks:
                 hook.remove()
             self._step_hooks.clear()
-            ended = self._snapshot.ended
             self._snapshot = replace(self._snapshot, ended=True)
-        if not ended:
-            self._tell(self._snapshot)
 
     def _list_layers(self) -> None:
         modules = {prefix: module for prefix, ref in self._modules.items() if (module := ref()) is not None}

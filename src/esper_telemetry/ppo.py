@@ -18,6 +18,7 @@ try:
     import gymnasium
     from gymnasium import spaces
     from stable_baselines3 import PPO
+    from stable_baselines3.common.logger import Logger
 except ImportError as error:
     raise ImportError("stable-baselines3 is not installed: pip install 'esper-telemetry[ppo]'") from error
 
@@ -43,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Hold what a run comes to."""
+    """Hold what a run comes to; halted and died say why it did not run to its end."""
 
     checks: int = 0
     bad_checks: int = 0
@@ -54,6 +55,7 @@ class Summary:
     seconds: float = 0.0
     monitor_seconds: float = 0.0
     halted: str | None = None
+    died: str | None = None
     missed: Sequence[Fault] = ()
 
     def after(self, snapshot: Snapshot) -> Summary:
@@ -75,7 +77,7 @@ class PPOJob:
     """Train PPO with its gradients watched and served.
 
     Making the job builds everything that can be wrong and starts to serve, but does not train yet. Raise ValueError
-    or OSError that begins with the option at fault.
+    that begins with the option at fault.
     """
 
     def __init__(self, options: Options) -> None:
@@ -95,19 +97,23 @@ class PPOJob:
         """Train until the episodes are over or a check halts the run; return what it came to."""
         callback = _EpisodeLimit(self.monitor, self._options.episodes, display)
         started = time.perf_counter()
-        halted = None
         try:
             self._model.learn(_most_steps(self._options, self._model), callback=callback)
         except GradientsCritical as critical:
+            self._summary = replace(self._summary, halted=str(critical))
             callback.on_training_end()
-            halted = str(critical)
+        except Exception as error:
+            if self._summary.bad_checks == 0:
+                raise
+            # A bad gradient makes NaN weights, and torch refuses the distribution that they predict.
+            self._summary = replace(self._summary, died=f"{type(error).__name__}: {error}".partition("\n")[0])
+            callback.on_training_end()
         finally:
             self.monitor.close()
         return replace(
             self._summary,
             seconds=time.perf_counter() - started,
             monitor_seconds=self.monitor.snapshot.monitor_seconds,
-            halted=halted,
             missed=tuple(self._injector.missed),
         )
 
@@ -139,9 +145,8 @@ class PPOJob:
         try:
             return start_exporter(self.monitor, self._options.listen_address, linger=self._options.linger)
         except (ValueError, OSError) as error:
-            raise type(error)(
-                f"--listen-address: {error}".replace("--listen-address: address: ", "--listen-address: ")
-            ) from None
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ValueError(f"--listen-{reason}") from None  # the reason begins with "address:"
 
 
 class _EpisodeLimit(EsperCallback):
@@ -178,7 +183,7 @@ def _model(options: Options) -> PPO:
             f"--env: expected a Gymnasium environment such as CartPole-v1, got {options.env!r}: {reason}"
         ) from None
     try:
-        return PPO(
+        model = PPO(
             _policy(env.observation_space),
             env,
             n_steps=ROLLOUT_STEPS,
@@ -190,6 +195,8 @@ def _model(options: Options) -> PPO:
     except (AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--env: expected spaces that PPO supports, got {options.env!r}: {reason}") from None
+    model.set_logger(Logger(folder=None, output_formats=[]))  # the default one leaves a folder behind in /tmp
+    return model
 
 
 def _policy(observations: spaces.Space[object]) -> str:

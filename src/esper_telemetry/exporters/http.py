@@ -126,7 +126,8 @@ def _listen(address: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(error.errno, f"address: expected one to listen on, got {address!r}: {error.strerror}") from None
+        reason = str(error.strerror).partition(" (while ")[0]
+        raise OSError(error.errno, f"address: expected one to listen on, got {address!r}: {reason}") from None
 
 
 def _url(listener: socket.socket) -> str:

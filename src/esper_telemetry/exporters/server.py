@@ -123,13 +123,16 @@ class _Connection:
 
     async def _next_request(self) -> h11.Request | None:
         """Read up to the end of a request; a client may be idle before it, but not dawdle in it."""
-        await self._receive(IDLE_SECONDS)
-        async with asyncio.timeout(REQUEST_SECONDS):
-            request: h11.Request | None = None
+        request: h11.Request | None = None
+        async with asyncio.timeout(REQUEST_SECONDS if self._http.trailing_data[0] else IDLE_SECONDS) as limit:
+            started = False
             while True:
                 event = self._http.next_event()
                 if event is h11.NEED_DATA:
-                    await self._receive(REQUEST_SECONDS)
+                    self._http.receive_data(await self._reader.read(_MAX_HEADER_BYTES))
+                    if not started:
+                        started = True
+                        limit.reschedule(asyncio.get_running_loop().time() + REQUEST_SECONDS)
                 elif isinstance(event, h11.Request):
                     request = event
                     if event.method not in (b"GET", b"HEAD"):
@@ -138,12 +141,6 @@ class _Connection:
                     return request
                 elif not isinstance(event, h11.Data):
                     return None
-
-    async def _receive(self, seconds: float) -> None:
-        if self._http.trailing_data[0]:
-            return  # the next request came with the last one
-        async with asyncio.timeout(seconds):
-            self._http.receive_data(await self._reader.read(_MAX_HEADER_BYTES))
 
     async def _answer(self, request: h11.Request) -> None:
         if request.method not in (b"GET", b"HEAD"):

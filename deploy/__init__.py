@@ -1,0 +1,1 @@
+"""Everything around the trainer: the servers' configurations, containers, Kubernetes, and the native stack."""

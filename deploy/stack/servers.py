@@ -1,0 +1,288 @@
+"""Find or fetch the real servers, and run them on loopback ports.
+
+`python -m deploy.stack.servers` fetches what is missing and prints where each is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import os
+import platform
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+START_SECONDS = 30.0
+STOP_SECONDS = 10.0
+FETCH_SECONDS = 600.0
+_HOST = "127.0.0.1"
+_TEMPLATES = b"/usr/share/prometheus/alertmanager"
+_PORTS = range(20000, 32768)  # below the ephemeral ports, which any outgoing connection may take meanwhile
+
+
+class ServerNotFound(RuntimeError):
+    """Say in one line which program is missing and what to install."""
+
+
+class ServerFailed(RuntimeError):
+    """Say that a server did not start, with the end of its log."""
+
+
+class _Program(NamedTuple):
+    package: str
+    names: tuple[str, ...]  # upstream's name and Debian's, as found on PATH
+
+
+PROGRAMS = {
+    "prometheus": _Program("prometheus", ("prometheus",)),
+    "promtool": _Program("prometheus", ("promtool",)),
+    "alertmanager": _Program("prometheus-alertmanager", ("alertmanager", "prometheus-alertmanager")),
+    "amtool": _Program("prometheus-alertmanager", ("amtool",)),
+    "node_exporter": _Program("prometheus-node-exporter", ("node_exporter", "prometheus-node-exporter")),
+}
+
+
+def find(name: str) -> Path:
+    """Return the program's path: from PATH, or Debian's package unpacked in the cache. Raises `ServerNotFound`."""
+    program = PROGRAMS[name]
+    for candidate in program.names:
+        if found := shutil.which(candidate):
+            return Path(found)
+    folder = cache_folder() / program.package
+    return _unpacked(program, folder) or _fetch(name, program, folder)
+
+
+def cache_folder() -> Path:
+    """Return where fetched packages are kept: `$XDG_CACHE_HOME/esper-telemetry/servers/<machine>`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "esper-telemetry" / "servers" / platform.machine()
+
+
+def _unpacked(program: _Program, folder: Path) -> Path | None:
+    candidates = (folder / "usr" / "bin" / name for name in program.names)
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def _fetch(name: str, program: _Program, folder: Path) -> Path:
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise ServerNotFound(f"{name}: not on PATH; install it from https://prometheus.io/download/ and try again")
+    with _lock(folder.parent):
+        if _unpacked(program, folder) is None:
+            _install(name, program, folder)
+    found = _unpacked(program, folder)
+    if found is None:
+        raise ServerNotFound(f"{name}: not in the Debian package {program.package}; install it and put it on PATH")
+    return found
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _install(name: str, program: _Program, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        archive = _download(name, program.package, Path(scratch))
+        _run(name, "dpkg", "-x", str(archive), f"{scratch}/root", folder=Path(scratch))
+        _relocate_alertmanager(Path(scratch, "root"))
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(scratch, "root").rename(folder)
+
+
+def _relocate_alertmanager(root: Path) -> None:
+    """Point Debian's Alertmanager, which has its templates' folder compiled in, to the folder unpacked beside it.
+
+    A path of the same length takes the old one's place: descriptor 9, which the script `alertmanager` opens.
+    """
+    binary = root / "usr" / "bin" / "prometheus-alertmanager"
+    if not binary.exists():
+        return
+    binary.write_bytes(binary.read_bytes().replace(_TEMPLATES, b"/proc/self/fd/9".ljust(len(_TEMPLATES), b"/")))
+    script = binary.with_name("alertmanager")
+    script.write_text(
+        f'#!/bin/sh\nhere=${{0%/*}}\nexec 9<"$here/../..{_TEMPLATES.decode()}" "$here/{binary.name}" "$@"\n'
+    )
+    script.chmod(0o755)
+
+
+def _download(name: str, package: str, scratch: Path) -> Path:
+    """Download with the machine's package lists, or with private ones where it has none."""
+    as_user = ("-q", "-o", "APT::Sandbox::User=root")  # apt's own user cannot write to our folder
+    try:
+        _run(name, "apt-get", *as_user, "download", package, folder=scratch)
+    except ServerNotFound:
+        private = (*as_user, "-o", f"Dir::State::Lists={scratch}/lists", "-o", f"Dir::Cache={scratch}/cache")
+        (scratch / "lists" / "partial").mkdir(parents=True)
+        (scratch / "cache" / "archives" / "partial").mkdir(parents=True)
+        _run(name, "apt-get", *private, "update", folder=scratch)
+        _run(name, "apt-get", *private, "download", package, folder=scratch)
+    return next(scratch.glob("*.deb"))
+
+
+def _run(name: str, *command: str, folder: Path) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ServerNotFound(f"{name}: {command[0]} took over {FETCH_SECONDS:.0f} s; install {name}") from None
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise ServerNotFound(f"{name}: not on PATH, and {command[0]} failed ({reason}); install {name}")
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on."""
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ServerFailed("no free port on 127.0.0.1")
+
+
+class Server:
+    """Run one program on a loopback port while the `with` block lasts; `start` and `stop` may also be called by hand.
+
+    A stopped server starts again on the same port, with the same folder.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], folder: Path, *, port: int | None, ready: str) -> None:
+        self.name = name
+        self.port = free_port() if port is None else port
+        self.url = f"http://{_HOST}:{self.port}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"{name}.log"
+        self._command = [str(find(name)), f"--web.listen-address={_HOST}:{self.port}", *arguments]
+        self._ready = ready
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Start, and wait until it is ready."""
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Stop."""
+        self.stop()
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process, None while stopped."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start and wait until ready. Raises `ServerFailed` with the end of the log."""
+        if self._process is not None:
+            return
+        self._check_port()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Terminate, and kill what does not end in time."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _check_port(self) -> None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: fails only on a listener
+            try:
+                probe.bind((_HOST, self.port))
+            except OSError as error:
+                raise ServerFailed(f"{self.name} cannot listen on {_HOST}:{self.port}: {error.strerror}") from None
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_ready():
+            self._check_alive(process)
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"{self.name} was not ready after {START_SECONDS:.0f} s:\n{self._log_end()}")
+            time.sleep(0.05)
+
+    def _check_alive(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is not None:
+            raise ServerFailed(f"{self.name} ended with {process.returncode}:\n{self._log_end()}")
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(_HOST, self.port, timeout=2)
+        try:
+            connection.request("GET", self._ready)
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _log_end(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-10:])
+
+
+def prometheus(config: Path, folder: Path, *arguments: str, port: int | None = None) -> Server:
+    """Run Prometheus with its data and log in `folder`; POST to /-/reload re-reads the configuration."""
+    own = (
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder}/data",
+        "--web.enable-lifecycle",
+    )
+    return Server("prometheus", (*own, *arguments), folder, port=port, ready="/-/ready")
+
+
+def alertmanager(config: Path, folder: Path, *arguments: str, port: int | None = None) -> Server:
+    """Run one Alertmanager, without a cluster, with its data and log in `folder`."""
+    own = (
+        f"--config.file={config}",
+        f"--storage.path={folder}/data",
+        "--cluster.listen-address=",
+    )
+    return Server("alertmanager", (*own, *arguments), folder, port=port, ready="/-/ready")
+
+
+def node_exporter(textfile_folder: Path, folder: Path, *arguments: str, port: int | None = None) -> Server:
+    """Run node_exporter with its textfile collector alone, reading `*.prom` in `textfile_folder`."""
+    own = (
+        "--collector.disable-defaults",
+        "--collector.textfile",
+        f"--collector.textfile.directory={textfile_folder}",
+    )
+    return Server("node_exporter", (*own, *arguments), folder, port=port, ready="/")
+
+
+def main() -> int:
+    """Fetch what is missing; print each program's path, or one line that says what to install."""
+    try:
+        for name in PROGRAMS:
+            print(f"{name:<14} {find(name)}", flush=True)
+    except ServerNotFound as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Snapshots made by hand, for readers."""
+
+from dataclasses import replace
+
+from esper_telemetry.payload import PPOUpdatePayload
+from esper_telemetry.recent import LayerCounts
+from esper_telemetry.snapshot import RunInfo, Snapshot
+
+RUN = RunInfo(run_id="run-1", rank=0, world_size=1, host="box", pid=4711)
+NOW = 1000.0
+
+
+class Source:
+    """Anything that has a snapshot."""
+
+    def __init__(self, snapshot):
+        self.snapshot = snapshot
+
+
+def fresh():
+    """Return what is known before the first check."""
+    return Snapshot.before_first_check(RUN, 120.0)
+
+
+def bad(inf=2, nan=0, timestamp=1.7e9):
+    """Return the snapshot after one check that found something."""
+    before = fresh()
+    layers = (LayerCounts("policy.weight", inf, nan, 64),)
+    return replace(
+        before,
+        checks=40,
+        inf_grad_count=inf,
+        nan_grad_count=nan,
+        grad_norm=float("inf") if inf else float("nan"),
+        elements=80,
+        layers=layers,
+        origin_layer="policy.weight",
+        timestamp=timestamp,
+        layer_names=("policy.weight", "policy.bias", "frozen"),
+        layer_norms=(float("inf") if inf else float("nan"), 0.5, None),
+        dead_layers=1,
+        exploding_layers=0,
+        inf=before.inf.after(inf, timestamp, "policy.weight"),
+        nan=before.nan.after(nan, timestamp, "policy.weight"),
+        recent=before.recent.after(NOW, layers, 1),
+        monitor_seconds=0.25,
+        ppo=PPOUpdatePayload(
+            inf_grad_count=inf,
+            nan_grad_count=nan,
+            update=3,
+            episodes=9,
+            update_seconds=0.125,
+            episode_reward=21.5,
+            policy_loss=-0.01,
+            value_loss=4.5,
+            entropy=0.69,
+            approx_kl=0.001,
+            clip_fraction=0.05,
+            explained_variance=None,
+        ),
+    )

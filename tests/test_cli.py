@@ -1,0 +1,87 @@
+"""The `esper` command as its user runs it: a process of its own."""
+
+import re
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from esper_telemetry import start_exporter
+from tests.snapshots import Source, fresh
+
+ESPER = Path(sys.executable).with_name("esper")
+
+
+def esper(*arguments):
+    return subprocess.run([ESPER, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_it_tells_its_version():
+    assert re.fullmatch(r"esper-telemetry \d+\.\d+\.\d+\n", esper("--version").stdout)
+
+
+def test_a_healthy_run_ends_at_once_with_a_summary():
+    run = esper("ppo", "--episodes", "3", "--listen-address", "127.0.0.1:0")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert re.search(r"metrics at http://127\.0\.0\.1:\d+/metrics", run.stdout)
+    assert re.search(r"^update 1  episodes \d/3  reward ", run.stdout, re.MULTILINE)
+    assert re.search(r"^bad checks       0$", run.stdout, re.MULTILINE)
+    assert re.search(r"^measuring        0\.\d+ s, \d+\.\d% of the ", run.stdout, re.MULTILINE)
+
+
+def test_halt_ends_with_3_and_says_why_after_it_waited_for_a_scrape():
+    run = esper(
+        *("ppo", "--listen-address", "127.0.0.1:0", "--linger", "0.1"),
+        *("--inject", "inf:6@41:action_net.weight", "--on-critical", "halt"),
+    )
+    assert run.returncode == 3
+    said = run.stderr.splitlines()
+    assert said[0] == (
+        "esper ppo: halted: critical gradients at check 41: Inf 6, NaN 0 (critical is above 5), "
+        "first in action_net.weight"
+    )
+    assert re.fullmatch(r"esper: waiting for .*/metrics to be scraped once more, 0\.1 s at most", said[1])
+
+
+def test_a_run_that_dies_of_a_bad_gradient_says_so_and_fails():
+    run = esper("ppo", "--listen-address", "127.0.0.1:0", "--linger", "0", "--inject", "nan:1@41:action_net.weight")
+    assert run.returncode == 1
+    assert re.search(r"^esper ppo: training died after bad check 41: ValueError: ", run.stderr, re.MULTILINE)
+    assert re.search(r"^first bad layer  action_net\.weight, at check 41$", run.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--episodes", "0"], "--episodes: expected at least 1, got 0"),
+        (["--episodes", "ten"], "--episodes: expected a whole number, got 'ten'"),
+        (["--seed", "x"], "--seed: expected a whole number, got 'x'"),
+        (["--linger", "long"], "--linger: expected seconds, got 'long'"),
+        (["--env", "Nowhere-v0"], "--env: expected a Gymnasium environment such as CartPole-v1, got 'Nowhere-v0': "),
+        (["--env", "Pendulum-v1", "--inject", "inf:1@1:x"], "--inject: expected one of the layers "),
+        (["--inject", "inf@3"], "--inject: expected KIND:COUNT@CHECK[:LAYER] such as inf:6@40 "),
+        (["--inject", "inf:1@999999"], "--inject: expected a check from 1 to 6280, which is within reach, got 999999"),
+        (["--listen-address", "here"], "--listen-address: expected HOST:PORT such as 127.0.0.1:19301, got 'here'"),
+        (["--listen-address", "192.0.2.1:1"], "--listen-address: expected one to listen on, got '192.0.2.1:1': "),
+        (["--on-critical", "panic"], "--on-critical: invalid choice: 'panic' "),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_option_and_exit_code_2(arguments, message):
+    run = esper("ppo", *arguments)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"esper ppo: {message}")
+    assert len(run.stderr.splitlines()) == 1
+    assert run.stdout == ""
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2():
+    with closing(start_exporter(Source(fresh()), "127.0.0.1:0")) as exporter:
+        address = exporter.url.removeprefix("http://")
+        run = esper("ppo", "--listen-address", address)
+    assert run.returncode == 2
+    assert run.stderr == (
+        f"esper ppo: --listen-address: expected one to listen on, got '{address}': Address already in use\n"
+    )
