@@ -319,6 +319,68 @@ class TestOnCritical:
         assert not model[0].weight.isnan().any()
 
 
+class TestClip:
+    @pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_clips_bit_equal_to_torch_and_is_the_check(self, dtype, bad):
+        ours, torchs = network().to(dtype), network().to(dtype)
+        monitor = GradientMonitor(ours)
+        for model in (ours, torchs):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.3)
+            if bad is not None:
+                model[2].weight.grad[0, 1] = bad
+        norm = monitor.clip_grad_norm_(0.5)
+        expected = nn.utils.clip_grad_norm_(torchs.parameters(), 0.5)
+        assert torch.equal(norm.nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
+        for our, their in zip(ours.parameters(), torchs.parameters(), strict=True):
+            assert torch.equal(our.grad.view(torch.uint8), their.grad.view(torch.uint8))
+        snapshot = monitor.snapshot
+        assert snapshot.checks == 1
+        assert (snapshot.inf_grad_count, snapshot.nan_grad_count) == (bad == math.inf, bad is math.nan)
+
+    def test_refuses_a_non_finite_norm_as_torch_does_after_it_was_counted(self):
+        model = network()
+        monitor = GradientMonitor(model)
+        backward(model, math.nan)
+        with pytest.raises(RuntimeError, match="is non-finite, so it cannot be clipped"):
+            monitor.clip_grad_norm_(1.0, error_if_nonfinite=True)
+        assert monitor.snapshot.nan_grad_count > 5
+
+    @pytest.mark.parametrize("options", [{"norm_type": 1.0}, {"norm_type": math.inf}, {"foreach": False}])
+    def test_takes_torchs_other_arguments(self, options):
+        ours, torchs = network(), network()
+        monitor = GradientMonitor(ours)
+        for model in (ours, torchs):
+            backward(model)
+        expected = nn.utils.clip_grad_norm_(torchs.parameters(), 0.5, **options)
+        assert torch.equal(monitor.clip_grad_norm_(0.5, **options), expected)
+        assert torch.equal(ours[0].weight.grad, torchs[0].weight.grad)
+        assert monitor.snapshot.checks == 1
+
+    def test_gradients_of_several_dtypes_are_clipped_and_counted_too(self):
+        ours, torchs = network(), network()
+        monitor = GradientMonitor(ours)
+        for model in (ours, torchs):
+            model[0].double()
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        expected = nn.utils.clip_grad_norm_(torchs.parameters(), 0.5)
+        assert torch.equal(monitor.clip_grad_norm_(0.5), expected)
+        assert monitor.snapshot.checks == 1
+
+    def test_a_monitor_that_measures_by_itself_does_not_measure_twice(self):
+        model = network()
+        monitor = watch(model)
+        backward(model)
+        monitor.clip_grad_norm_(0.5)
+        assert monitor.snapshot.checks == 1
+        assert torch.cat([parameter.grad.view(-1) for parameter in model.parameters()]).norm().item() <= 0.5001
+
+    def test_without_gradients_returns_what_torch_returns(self):
+        assert GradientMonitor(network()).clip_grad_norm_(1.0) == nn.utils.clip_grad_norm_([], 1.0)
+
+
 class TestNeverRaises:
     def test_a_fault_of_ours_is_counted_and_logged_once(self, caplog):
         model = network()

@@ -24,12 +24,14 @@ from esper_telemetry.hooks import BackwardHooks
 from esper_telemetry.layers import Model, named_layers, named_modules
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts, worst_first
-from esper_telemetry.scan import Scan, describe, scan, total_norm
+from esper_telemetry.scan import ClipScan, Scan, describe, scan, total_norm
 from esper_telemetry.snapshot import RunInfo, Snapshot
 
 logger = logging.getLogger("esper_telemetry")
 
 POLICIES = ("continue", "skip", "halt")
+
+Measure = Callable[[Sequence[Tensor | None]], Scan]
 
 Policy = str | Callable[[Snapshot], str | None]
 
@@ -101,16 +103,29 @@ class GradientMonitor:
 
         Raise only GradientsCritical, when `on_critical` says "halt", and what a callable `on_critical` raises.
         """
-        started = time.perf_counter()
-        with self._lock:
-            checked = self._try_to_check(started)
-            snapshot = self._snapshot
-        if checked:
-            self._tell(snapshot)
-        self._seconds += time.perf_counter() - started
-        if checked:
-            self._react(snapshot)
-        return snapshot
+        return self._update(scan)
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """Measure and clip with one norm pass; return what `torch.nn.utils.clip_grad_norm_` returns.
+
+        Call it in place of `update()` and torch's function, whose arguments it takes: the gradients come out bit-equal
+        to torch's. A monitor that measures by itself has done so already, and then this only clips.
+        """
+        shared = ClipScan()
+        if self._on_backward_end is None:
+            self._update(shared if norm_type == 2.0 else scan)
+        total_norm = shared.total_norm
+        parameters = [parameter for reference in self._parameters if (parameter := reference()) is not None]
+        if total_norm is None or foreach is not None or (error_if_nonfinite and not total_norm.isfinite()):
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+        return total_norm
 
     def check_after_backward(self) -> None:
         """Call `update()` by itself at the end of each backward pass, from now on."""
@@ -160,21 +175,33 @@ class GradientMonitor:
             parameters = [reference() for reference in self._parameters]
         return [None if parameter is None else parameter.grad for parameter in parameters]
 
-    def _try_to_check(self, started: float) -> bool:
+    def _update(self, measure: Measure) -> Snapshot:
+        started = time.perf_counter()
+        with self._lock:
+            checked = self._try_to_check(started, measure)
+            snapshot = self._snapshot
+        if checked:
+            self._tell(snapshot)
+        self._seconds += time.perf_counter() - started
+        if checked:
+            self._react(snapshot)
+        return snapshot
+
+    def _try_to_check(self, started: float, measure: Measure) -> bool:
         try:
             with torch.no_grad():
-                self._check(started)
+                self._check(started, measure)
         except Exception:
             self._fail("a check failed")
             return False
         return True
 
-    def _check(self, started: float) -> None:
+    def _check(self, started: float, measure: Measure) -> None:
         before = self._snapshot
         if self._before_check is not None:
             self._before_check(before.checks + 1)
         gradients = self._gradients()
-        found = scan(gradients)
+        found = measure(gradients)
         order = self._hooks.take_order()
         timestamp = time.time()
         news: dict[str, Any] = {"layers": ()}

@@ -50,6 +50,16 @@ def scan_cpu(gradients: Sequence[Tensor | None]) -> Scan:
     return Scan(norms, bad, elements)
 
 
+def scan_with_norms(gradients: Sequence[Tensor | None], taken: Sequence[float]) -> Scan:
+    """Count in strided gradients of one dtype whose norms were taken; None has none."""
+    norms: list[float | None] = [None] * len(gradients)
+    bad: dict[int, tuple[int, int]] = {}
+    present = [(index, gradient) for index, gradient in enumerate(gradients) if gradient is not None]
+    for (index, gradient), norm in zip(present, taken, strict=True):
+        norms[index] = norm if math.isfinite(norm) else _inspect(gradient, index, bad)
+    return Scan(norms, bad, sum(gradient.numel() for _, gradient in present))
+
+
 def _small_norms(small: list[_Layer]) -> Iterator[tuple[_Layer, float]]:
     """Take the norms of small gradients; among many, tiny ones of one shape are stacked."""
     single = small
