@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from esper_telemetry.exporters.http import Exporter, start_exporter
+from esper_telemetry.exporters.textfile import TextfileExporter, start_textfile
 from esper_telemetry.health import (
     GradientHealth,
     HealthTier,
@@ -25,8 +26,10 @@ __all__ = [
     "LayerGradientStats",
     "PPOUpdatePayload",
     "Snapshot",
+    "TextfileExporter",
     "aggregate_layer_gradient_health",
     "collect_per_layer_gradients",
     "start_exporter",
+    "start_textfile",
     "watch",
 ]

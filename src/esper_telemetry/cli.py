@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         default=20.0,
         help="at exit, stay up this long at most until the last bad check was scraped (default: 20)",
     )
+    ppo.add_argument(
+        "--textfile-dir",
+        metavar="DIR",
+        help="also write the metrics to DIR/esper.prom, for node_exporter's textfile collector",
+    )
     ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
     return parser
 
@@ -118,6 +123,7 @@ def _ppo(options: argparse.Namespace) -> int:
                 inject=options.inject,
                 on_critical=options.on_critical,
                 linger=options.linger,
+                textfile_dir=options.textfile_dir,
             )
         )
     except (ImportError, ValueError) as error:
@@ -129,7 +135,7 @@ def _ppo(options: argparse.Namespace) -> int:
         print("esper ppo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
-        job.exporter.close()
+        job.close()
 
 
 def _train(job: PPOJob, options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from esper_telemetry.exporters.http import Exporter, start_exporter
+from esper_telemetry.exporters.textfile import TextfileExporter, start_textfile
 from esper_telemetry.faults import Fault, FaultInjector
 from esper_telemetry.integrations.sb3 import EsperCallback
 from esper_telemetry.monitor import GradientMonitor, GradientsCritical, watch
@@ -40,6 +41,7 @@ class Options:
     inject: Sequence[Fault] = ()
     on_critical: str = "continue"
     linger: float = 20.0
+    textfile_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ class PPOJob:
         self._summary = Summary()
         self.monitor = self._watch()
         self.monitor.on_check(self._see)
+        self._textfile: TextfileExporter | None = None
         self.exporter = self._serve()
+        if options.textfile_dir is not None:
+            self._textfile = self._write_textfile(options.textfile_dir)
 
     def train(self, display: Display) -> Summary:
         """Train until the episodes are over or a check halts the run; return what it came to."""
@@ -116,6 +121,12 @@ class PPOJob:
             monitor_seconds=self.monitor.snapshot.monitor_seconds,
             missed=tuple(self._injector.missed),
         )
+
+    def close(self) -> None:
+        """Wait for a last scrape where one is needed, and stop to serve and to write."""
+        if self._textfile is not None:
+            self._textfile.close()
+        self.exporter.close()
 
     def _see(self, snapshot: Snapshot) -> None:
         self._summary = self._summary.after(snapshot)
@@ -147,6 +158,13 @@ class PPOJob:
         except (ValueError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ValueError(f"--listen-{reason}") from None  # the reason begins with "address:"
+
+    def _write_textfile(self, directory: str) -> TextfileExporter:
+        try:
+            return start_textfile(self.monitor, directory)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"--{error.strerror}") from None  # it begins with "textfile-dir:"
 
 
 class _EpisodeLimit(EsperCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gzip
 import logging
 import os
@@ -17,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from esper_telemetry.exporters.address import default_address, parse_address
+from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.prometheus import EsperCollector
 from esper_telemetry.exporters.samples import Source
 from esper_telemetry.exporters.server import HttpServer, Request, Response
@@ -43,7 +43,7 @@ class Exporter:
         self.url = _url(self._socket)
         self._server = HttpServer(self._socket, self._respond)
         _open.add(self)
-        atexit.register(self.close)
+        at_exit(self.close)
 
     def linger(self, seconds: float) -> bool:
         """Wait until the last bad check was scraped, at most `seconds`; return whether it was.
@@ -69,7 +69,7 @@ class Exporter:
         try:
             self.linger(self._linger_seconds if linger is None else linger)
         finally:
-            atexit.unregister(self.close)
+            not_at_exit(self.close)
             self._server.stop()
 
     def _delivered(self) -> bool:
