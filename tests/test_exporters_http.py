@@ -4,10 +4,12 @@ import logging
 import os
 import socket
 import threading
+import time
 from contextlib import closing
 
 import pytest
 
+from deploy.stack.servers import free_port
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
 from tests.snapshots import Source, bad, fresh
@@ -126,8 +128,51 @@ class TestLinger:
         assert not exporter.linger(0)
 
 
+class TestDrill:
+    @pytest.fixture
+    def exporter(self, source):
+        exporter = start_exporter(source, "127.0.0.1:0", allow_drill=True)
+        yield exporter
+        exporter.close(linger=0)
+
+    def drill(self, exporter, query="kind=inf&count=6&seconds=60", method="POST", header="X-Esper-Drill"):
+        return get(exporter, f"/-/drill?{query}", method, {header: "1"})[0]
+
+    def test_shows_a_labelled_value_beside_the_real_one_until_it_is_cleared(self, exporter):
+        assert self.drill(exporter) == 200
+        page = get(exporter)[2].decode()
+        assert '\nesper_inf_grad_recent_max{drill="true"} 6.0\n' in page
+        assert "\nesper_inf_grad_recent_max 0.0\n" in page
+        assert '\nesper_last_nonfinite_timestamp_seconds{drill="true",kind="inf"} ' in page
+        assert self.drill(exporter, method="DELETE") == 200
+        assert b"drill" not in get(exporter)[2]
+
+    def test_ends_by_itself(self, exporter, monkeypatch):
+        assert self.drill(exporter) == 200
+        later = time.monotonic() + 61
+        monkeypatch.setattr("esper_telemetry.exporters.drill.time.monotonic", lambda: later)
+        assert b"drill" not in get(exporter)[2]
+
+    @pytest.mark.parametrize(
+        "query", ["", "kind=x&count=6&seconds=9", "kind=inf&count=0&seconds=9", "kind=nan&count=6&seconds=901"]
+    )
+    def test_refuses_what_is_no_drill(self, exporter, query):
+        assert self.drill(exporter, query) == 400
+
+    def test_refuses_a_web_page(self, exporter):
+        assert self.drill(exporter, header="X-Other") == 403
+
+    def test_other_methods_are_refused(self, exporter):
+        assert self.drill(exporter, method="GET") == 405
+
+    def test_is_off_unless_allowed(self, source):
+        exporter = start_exporter(source, "127.0.0.1:0")
+        assert self.drill(exporter) == 403
+        exporter.close()
+
+
 def test_close_frees_the_port_and_can_be_called_twice(source):
-    exporter = start_exporter(source, "127.0.0.1:0")
+    exporter = start_exporter(source, f"127.0.0.1:{free_port()}")
     exporter.close()
     exporter.close()
     address = exporter.url.removeprefix("http://")
@@ -164,7 +209,7 @@ def test_an_address_is_host_and_port(address, parsed):
 
 
 def test_a_forked_child_neither_serves_nor_holds_the_port(source):
-    exporter = start_exporter(source, "127.0.0.1:0")
+    exporter = start_exporter(source, f"127.0.0.1:{free_port()}")
     address = exporter.url.removeprefix("http://")
     read_end, write_end = os.pipe()
     child = os.fork()

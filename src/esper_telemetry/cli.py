@@ -8,10 +8,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from esper_telemetry.exporters.address import default_address
+from esper_telemetry import drill
+from esper_telemetry.exporters.address import DEFAULT_PORT, default_address
 from esper_telemetry.faults import Fault
+from esper_telemetry.metrics import KINDS
 from esper_telemetry.monitor import POLICIES
 
 if TYPE_CHECKING:
@@ -21,6 +23,15 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_HALTED = 3
 EXIT_INTERRUPTED = 130
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+_ESPER = "Numerical health of PyTorch gradients, from param.grad to the on-call phone."
+_PPO = "Train a PPO agent with its gradients watched, and serve what is measured at /metrics."
+_DRILL = (
+    "Make a running exporter, started with --allow-drill, show a made-up value that is labelled as a drill all the way "
+    "to the page; report when it arrives at each station; then clear it."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,12 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "esper", description="Numerical health of PyTorch gradients, from param.grad to the on-call phone."
-    )
+def _parser() -> _Parser:
+    parser = _Parser("esper", description=_ESPER)
     parser.add_argument("--version", action="version", version=f"esper-telemetry {version('esper-telemetry')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_ppo(commands)
+    _add_drill(commands)
+    return parser
+
+
+def _add_ppo(commands: _Commands) -> None:
     ppo = commands.add_parser("ppo", help="train PPO with its gradients watched", description=_PPO)
     ppo.set_defaults(run=_ppo)
     ppo.add_argument("--episodes", type=_whole, default=10, help="episodes to train for (default: 10)")
@@ -82,11 +97,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="also write the metrics to DIR/esper.prom, for node_exporter's textfile collector",
     )
+    ppo.add_argument("--allow-drill", action="store_true", help="let `esper drill` on this host show a made-up value")
     ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
-    return parser
 
 
-_PPO = "Train a PPO agent with its gradients watched, and serve what is measured at /metrics."
+def _add_drill(commands: _Commands) -> None:
+    command = commands.add_parser("drill", help="see a made-up bad gradient reach Alertmanager", description=_DRILL)
+    command.set_defaults(run=_drill)
+    for server, port in (("exporter", DEFAULT_PORT), ("prometheus", 9090), ("alertmanager", 9093)):
+        url = f"http://127.0.0.1:{port}"
+        command.add_argument(f"--{server}", metavar="URL", default=url, help=f"the {server} (default: {url})")
+    command.add_argument("--kind", choices=KINDS, default="inf", help="what the made-up check found (default: inf)")
+    command.add_argument("--count", type=_whole, default=6, help="how many elements; 6 and more page (default: 6)")
+    command.add_argument(
+        "--timeout", metavar="SECONDS", type=_seconds, default=120.0, help="give up then (default: 120)"
+    )
 
 
 def _whole(text: str) -> int:
@@ -124,6 +149,7 @@ def _ppo(options: argparse.Namespace) -> int:
                 on_critical=options.on_critical,
                 linger=options.linger,
                 textfile_dir=options.textfile_dir,
+                allow_drill=options.allow_drill,
             )
         )
     except (ImportError, ValueError) as error:
@@ -150,6 +176,10 @@ def _train(job: PPOJob, options: argparse.Namespace) -> int:
     _print_summary(summary)
     if options.hold:
         _hold(job.exporter.url)
+    return _exit_code(summary)
+
+
+def _exit_code(summary: Summary) -> int:
     if summary.halted is not None:
         print(f"esper ppo: halted: {summary.halted}", file=sys.stderr)
         return EXIT_HALTED
@@ -181,3 +211,26 @@ def _print_summary(summary: Summary) -> None:
         f"measuring        {summary.monitor_seconds:.3f} s, {share:.1%} of the {summary.seconds:.1f} s run",
         flush=True,
     )
+
+
+def _drill(options: argparse.Namespace) -> int:
+    asked = drill.Options(
+        exporter=options.exporter.rstrip("/"),
+        prometheus=options.prometheus.rstrip("/"),
+        alertmanager=options.alertmanager.rstrip("/"),
+        kind=options.kind,
+        count=options.count,
+        timeout=options.timeout,
+    )
+    print(f"esper drill: {asked.kind} {asked.count} at {asked.exporter}", flush=True)
+    reached = False
+    try:
+        for station in drill.run_drill(asked):
+            reached = station.seconds is not None
+            when = f"after {station.seconds:.1f} s" if reached else f"NOT within {asked.timeout:g} s"
+            print(f"{station.name:<22} {when}", flush=True)
+    except ValueError as error:
+        print(f"esper drill: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    print("the drill is cleared; its page resolves by itself", flush=True)
+    return 0 if reached else EXIT_FAILED

@@ -42,6 +42,7 @@ class Options:
     on_critical: str = "continue"
     linger: float = 20.0
     textfile_dir: str | None = None
+    allow_drill: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,12 @@ class PPOJob:
 
     def _serve(self) -> Exporter:
         try:
-            return start_exporter(self.monitor, self._options.listen_address, linger=self._options.linger)
+            return start_exporter(
+                self.monitor,
+                self._options.listen_address,
+                linger=self._options.linger,
+                allow_drill=self._options.allow_drill,
+            )
         except (ValueError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ValueError(f"--listen-{reason}") from None  # the reason begins with "address:"

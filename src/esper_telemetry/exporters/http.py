@@ -9,16 +9,19 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
+from ipaddress import ip_address
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from esper_telemetry.exporters.address import default_address, parse_address
+from esper_telemetry.exporters.drill import Drill
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.prometheus import EsperCollector
-from esper_telemetry.exporters.samples import Source
+from esper_telemetry.exporters.samples import Sample, Source
 from esper_telemetry.exporters.server import HttpServer, Request, Response
 from esper_telemetry.snapshot import Snapshot
 
@@ -30,11 +33,13 @@ _GZIP_ABOVE = 1024
 class Exporter:
     """Serve a monitor's snapshot over HTTP until `close()`, or until the process ends."""
 
-    def __init__(self, source: Source, address: str, linger: float) -> None:
+    def __init__(self, source: Source, address: str, linger: float, allow_drill: bool) -> None:
         self._source = source
+        self._allow_drill = allow_drill
+        self._drill: Drill | None = None
         self._linger_seconds = linger
         self._registry = CollectorRegistry()
-        self._registry.register(EsperCollector(source))
+        self._registry.register(EsperCollector(source, self._drill_samples))
         self._shown: Snapshot = source.snapshot
         self._scraped = threading.Event()
         self._pid = os.getpid()
@@ -77,6 +82,10 @@ class Exporter:
         return (snapshot.inf, snapshot.nan) == (self._shown.inf, self._shown.nan)
 
     def _respond(self, request: Request) -> Response:
+        if request.path == "/-/drill":
+            return self._answer_drill(request)
+        if request.method not in ("GET", "HEAD"):
+            return Response(405, b"only GET and HEAD are answered\n", headers=(("Allow", "GET, HEAD"),))
         match request.path:
             case "/metrics":
                 return self._page(request)
@@ -87,6 +96,26 @@ class Exporter:
             case "/-/ready":
                 return self._readiness()
         return Response(404, b"not found; the metrics are at /metrics\n")
+
+    def _answer_drill(self, request: Request) -> Response:
+        """Begin or end a drill; the header keeps web pages from starting one through a visitor's browser."""
+        if not self._allow_drill:
+            return Response(403, b"drills are off; the exporter has to be started with --allow-drill\n")
+        if not ip_address(request.client).is_loopback or "x-esper-drill" not in request.headers:
+            return Response(403, b"drills are started by `esper drill` on this host\n")
+        if request.method == "DELETE":
+            self._drill = None
+            return Response(200, b"the drill is over\n")
+        if request.method != "POST":
+            return Response(405, b"only POST and DELETE are answered\n", headers=(("Allow", "POST, DELETE"),))
+        try:
+            self._drill = Drill.parse(request.query)
+        except ValueError as error:
+            return Response(400, f"{error}\n".encode())
+        return Response(200, b"the drill has begun\n")
+
+    def _drill_samples(self) -> Iterable[Sample]:
+        return () if self._drill is None else self._drill.samples()
 
     def _page(self, request: Request) -> Response:
         snapshot = self._source.snapshot  # the page is built after this, so it shows at least as much
@@ -108,16 +137,19 @@ class Exporter:
         return Response(503, b"not ready: nothing was measured yet\n")
 
 
-def start_exporter(source: Source, address: str | None = None, *, linger: float = 20.0) -> Exporter:
+def start_exporter(
+    source: Source, address: str | None = None, *, linger: float = 20.0, allow_drill: bool = False
+) -> Exporter:
     """Serve `source.snapshot` at `address` and return the exporter.
 
     source: a GradientMonitor, or anything with a `.snapshot`.
     address: HOST:PORT; port 0 picks a free one. Default: 127.0.0.1:19301, plus LOCAL_RANK under torchrun.
     linger: at exit, seconds to stay up at most until a bad check that was not scraped yet is.
+    allow_drill: let `esper drill`, on this host, show a made-up critical value that is labelled as a drill.
 
     Raise ValueError when the address is none, OSError when it cannot be listened on.
     """
-    return Exporter(source, default_address() if address is None else address, linger)
+    return Exporter(source, default_address() if address is None else address, linger, allow_drill)
 
 
 def _listen(address: str) -> socket.socket:

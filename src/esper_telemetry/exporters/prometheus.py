@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -22,10 +23,13 @@ class EsperCollector(Collector):
 
     In a registry of your own: `REGISTRY.register(EsperCollector(monitor))`. A snapshot that cannot be read gives a
     page that says so in `esper_exporter_collect_errors_total`, never an exception.
+
+    drill: gives the samples of a drill, while there is one.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, drill: Callable[[], Iterable[Sample]] = tuple) -> None:
         self._source = source
+        self._drill = drill
         self._errors = 0
 
     def describe(self) -> Iterable[Family]:
@@ -35,7 +39,7 @@ class EsperCollector(Collector):
     def collect(self) -> Iterator[Family]:
         """Build the families anew from the snapshot."""
         try:
-            families = _families(read_samples(self._source.snapshot))
+            families = _families(chain(read_samples(self._source.snapshot), self._drill()))
         except Exception:
             if self._errors == 0:
                 logger.exception("esper: no page could be built; this is counted and not logged again")
@@ -50,7 +54,7 @@ def _families(samples: Iterable[Sample]) -> list[Family]:
     for metric, labels, value in samples:
         if metric.name not in families:
             families[metric.name] = _family(metric)
-        families[metric.name].add_metric(labels, value)
+        families[metric.name].add_sample(metric.name, dict(zip(metric.labels, labels, strict=True)), value)
     return list(families.values())
 
 

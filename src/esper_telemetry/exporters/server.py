@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server for GET: one thread, bounded connections, and a deadline on everything a client may delay.
+"""A small HTTP/1.1 server: one thread, bounded connections, and a deadline on everything a client may delay.
 
 The standard library's threading server gives every idle client a thread and lets a silent one block; here all clients
 share one event loop, h11 reads their requests, and the longest idle one makes room for a new one.
@@ -27,15 +27,18 @@ _MAX_HEADER_BYTES = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for; header names are lower case."""
+    """What was asked for, and from where; header names are lower case."""
 
+    method: str
     path: str
+    query: str
     headers: Mapping[str, str]
+    client: str
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What is answered. `sent` is called when the whole of a GET's body was handed to the kernel."""
+    """What is answered. `sent` is called when the whole body was handed to the kernel; for HEAD it is not."""
 
     status: int
     body: bytes
@@ -111,7 +114,7 @@ class _Connection:
             try:
                 request = await self._next_request()
             except h11.RemoteProtocolError as error:
-                await self._refuse(error.error_status_hint, "bad request\n")
+                await self._refuse(error.error_status_hint)
                 return
             if request is None:
                 return
@@ -135,24 +138,21 @@ class _Connection:
                         limit.reschedule(asyncio.get_running_loop().time() + REQUEST_SECONDS)
                 elif isinstance(event, h11.Request):
                     request = event
-                    if event.method not in (b"GET", b"HEAD"):
-                        return request
                 elif isinstance(event, h11.EndOfMessage):
                     return request
                 elif not isinstance(event, h11.Data):
                     return None
 
     async def _answer(self, request: h11.Request) -> None:
-        if request.method not in (b"GET", b"HEAD"):
-            await self._refuse(405, "only GET and HEAD are answered\n", ("Allow", "GET, HEAD"))
-            return
+        path, _, query = request.target.decode("ascii").partition("?")
         headers = {name.decode("ascii"): value.decode("latin-1") for name, value in request.headers}
-        response = self._respond(Request(request.target.decode("ascii").partition("?")[0], headers))
-        await self._send(response, with_body=request.method == b"GET")
+        client = self._writer.get_extra_info("peername")[0]
+        response = self._respond(Request(request.method.decode("ascii"), path, query, headers, client))
+        await self._send(response, with_body=request.method != b"HEAD")
 
-    async def _refuse(self, status: int, reason: str, *headers: tuple[str, str]) -> None:
+    async def _refuse(self, status: int) -> None:
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            await self._send(Response(status, reason.encode(), headers=(*headers, ("Connection", "close"))))
+            await self._send(Response(status, b"bad request\n", headers=(("Connection", "close"),)))
 
     async def _send(self, response: Response, with_body: bool = True) -> None:
         head = h11.Response(
