@@ -211,19 +211,23 @@ def test_an_address_is_host_and_port(address, parsed):
 def test_a_forked_child_neither_serves_nor_holds_the_port(source):
     exporter = start_exporter(source, f"127.0.0.1:{free_port()}")
     address = exporter.url.removeprefix("http://")
-    read_end, write_end = os.pipe()
+    up, child_up = os.pipe()
+    parent_done, done = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(write_end)
-        os.read(read_end, 1)  # lives until the parent is done
+        os.close(done)
+        os.write(child_up, b".")
+        os.read(parent_done, 1)  # lives until the parent is done
         os._exit(0)
-    os.close(read_end)
+    os.read(up, 1)
     try:
         exporter.close()
         start_exporter(source, address).close()
     finally:
-        os.close(write_end)
+        os.close(done)
         assert os.waitpid(child, 0)[1] == 0
+        for end in (up, child_up, parent_done):
+            os.close(end)
 
 
 def test_garbage_is_answered_with_400(exporter):

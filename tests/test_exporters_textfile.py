@@ -1,9 +1,7 @@
 import logging
 import math
 import os
-import subprocess
-import sys
-from dataclasses import replace
+import time
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 
 from esper_telemetry import start_textfile, watch
 from esper_telemetry.exporters import textfile
-from tests.snapshots import RUN
 
 
 @pytest.fixture
@@ -33,16 +30,12 @@ def backward(model, x=1.0):
 
 
 def read(path):
-    return {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in parse(path.read_text())
-        for sample in family.samples
-    }
+    return {(sample.name,): sample.value for family in parse(path.read_text()) for sample in family.samples}
 
 
 def test_it_writes_at_once_at_set_up(monitor, tmp_path):
     exporter = start_textfile(monitor, tmp_path)
-    assert read(tmp_path / "esper.prom")["esper_checks_total",] == 0
+    assert read(exporter.path)["esper_checks_total",] == 0
     exporter.close()
 
 
@@ -52,7 +45,7 @@ def test_a_bad_check_is_in_the_file_when_backward_returns(model, monitor, tmp_pa
     assert read(exporter.path)["esper_checks_total",] == 0  # a healthy one can wait
     backward(model, math.nan)
     assert read(exporter.path)["esper_nan_grad_recent_max",] == 6
-    assert os.listdir(tmp_path) == ["esper.prom"]
+    assert os.listdir(tmp_path) == [exporter.path.name]
     exporter.close()
 
 
@@ -102,34 +95,26 @@ def test_a_disk_that_fills_up_meanwhile_is_logged_once_and_training_goes_on(mode
     exporter.close()
 
 
-def test_a_second_live_run_in_the_folder_is_refused(monitor, tmp_path):
-    other = start_textfile(monitor, tmp_path)
-    child = subprocess.run(
-        [sys.executable, "-c", _SECOND, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert child.stdout.strip() == f"textfile-dir: expected a folder that no other run writes to, got '{tmp_path}'"
-    other.close()
+def test_every_series_says_whose_it_is(monitor, tmp_path):
+    exporter = start_textfile(monitor, tmp_path)
+    run = monitor.snapshot.run
+    for family in parse(exporter.path.read_text()):
+        for sample in family.samples:
+            assert (sample.labels["run_id"], sample.labels["rank"]) == (run.run_id, "0")
+    exporter.close()
 
 
-def test_a_dead_runs_file_is_taken_over(monitor, tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    labels = ",".join(f'{name}="{value}"' for name, value in vars_of(replace(RUN, pid=dead.pid)).items())
-    (tmp_path / "esper.prom").write_text(f"esper_run_info{{{labels}}} 1.0\n")
+def test_runs_in_one_folder_have_files_of_their_own(monitor, model, tmp_path):
+    one, two = start_textfile(monitor, tmp_path), start_textfile(watch(model), tmp_path)
+    assert one.path != two.path
+    one.close()
+    two.close()
+
+
+def test_a_file_that_a_killed_run_left_is_removed_when_it_is_over_an_hour_old(monitor, tmp_path):
+    old, new, foreign = (tmp_path / name for name in ("esper-a-0.prom", "esper-b-0.prom", "backup.prom"))
+    for path, age in ((old, 3700), (new, 3500), (foreign, 3700)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
     start_textfile(monitor, tmp_path).close()
-
-
-def vars_of(run):
-    return {"host": run.host, "pid": run.pid, "rank": run.rank, "run_id": run.run_id, "world_size": run.world_size}
-
-
-_SECOND = """
-import sys
-from esper_telemetry import start_textfile, watch
-from torch import nn
-model = nn.Linear(1, 1)
-try:
-    start_textfile(watch(model), sys.argv[1])
-except OSError as error:
-    print(error.strerror)
-"""
+    assert sorted(os.listdir(tmp_path)) == ["backup.prom", "esper-b-0.prom"]

@@ -39,16 +39,16 @@ class ServerFailed(RuntimeError):
 
 
 class _Program(NamedTuple):
-    package: str
+    packages: tuple[str, ...]  # of Debian, the likeliest first
     names: tuple[str, ...]  # upstream's name and Debian's, as found on PATH
 
 
 PROGRAMS = {
-    "prometheus": _Program("prometheus", ("prometheus",)),
-    "promtool": _Program("prometheus", ("promtool",)),
-    "alertmanager": _Program("prometheus-alertmanager", ("alertmanager", "prometheus-alertmanager")),
-    "amtool": _Program("prometheus-alertmanager", ("amtool",)),
-    "node_exporter": _Program("prometheus-node-exporter", ("node_exporter", "prometheus-node-exporter")),
+    "prometheus": _Program(("prometheus",), ("prometheus",)),
+    "promtool": _Program(("prometheus", "promtool"), ("promtool",)),  # a package of its own since Prometheus 3
+    "alertmanager": _Program(("prometheus-alertmanager",), ("alertmanager", "prometheus-alertmanager")),
+    "amtool": _Program(("prometheus-alertmanager",), ("amtool",)),
+    "node_exporter": _Program(("prometheus-node-exporter",), ("node_exporter", "prometheus-node-exporter")),
 }
 
 
@@ -58,8 +58,7 @@ def find(name: str) -> Path:
     for candidate in program.names:
         if found := shutil.which(candidate):
             return Path(found)
-    folder = cache_folder() / program.package
-    return _unpacked(program, folder) or _fetch(name, program, folder)
+    return _unpacked(program) or _fetch(name, program)
 
 
 def cache_folder() -> Path:
@@ -68,21 +67,24 @@ def cache_folder() -> Path:
     return Path(base) / "esper-telemetry" / "servers" / platform.machine()
 
 
-def _unpacked(program: _Program, folder: Path) -> Path | None:
-    candidates = (folder / "usr" / "bin" / name for name in program.names)
+def _unpacked(program: _Program) -> Path | None:
+    folders = (cache_folder() / package / "usr" / "bin" for package in program.packages)
+    candidates = (folder / name for folder in folders for name in program.names)
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 
-def _fetch(name: str, program: _Program, folder: Path) -> Path:
+def _fetch(name: str, program: _Program) -> Path:
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise ServerNotFound(f"{name}: not on PATH; install it from https://prometheus.io/download/ and try again")
-    with _lock(folder.parent):
-        if _unpacked(program, folder) is None:
-            _install(name, program, folder)
-    found = _unpacked(program, folder)
-    if found is None:
-        raise ServerNotFound(f"{name}: not in the Debian package {program.package}; install it and put it on PATH")
-    return found
+    with _lock(cache_folder()):
+        for package in program.packages:
+            if found := _unpacked(program):  # another process was faster, or an earlier package held it
+                return found
+            if not (cache_folder() / package / "usr" / "bin").exists():
+                _install(name, package, cache_folder() / package)
+    if found := _unpacked(program):
+        return found
+    raise ServerNotFound(f"{name}: not in Debian's {' and '.join(program.packages)}; install it and put it on PATH")
 
 
 @contextmanager
@@ -93,9 +95,9 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _install(name: str, program: _Program, folder: Path) -> None:
+def _install(name: str, package: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        archive = _download(name, program.package, Path(scratch))
+        archive = _download(name, package, Path(scratch))
         _run(name, "dpkg", "-x", str(archive), f"{scratch}/root", folder=Path(scratch))
         _relocate_alertmanager(Path(scratch, "root"))
         shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +159,7 @@ def free_port() -> int:
 class Server:
     """Run one program on a loopback port while the `with` block lasts; `start` and `stop` may also be called by hand.
 
-    A stopped server starts again on the same port, with the same folder.
+    A stopped server starts again on the same port, with the same folder. Its log is `<folder>/<name>.log`.
     """
 
     def __init__(self, name: str, arguments: Sequence[str], folder: Path, *, port: int | None, ready: str) -> None:
@@ -264,9 +266,10 @@ def alertmanager(config: Path, folder: Path, *arguments: str, port: int | None =
 
 
 def node_exporter(textfile_folder: Path, folder: Path, *arguments: str, port: int | None = None) -> Server:
-    """Run node_exporter with its textfile collector alone, reading `*.prom` in `textfile_folder`."""
+    """Run node_exporter with its clock and its textfile collector alone, reading `*.prom` in `textfile_folder`."""
     own = (
         "--collector.disable-defaults",
+        "--collector.time",
         "--collector.textfile",
         f"--collector.textfile.directory={textfile_folder}",
     )

@@ -95,7 +95,7 @@ def _add_ppo(commands: _Commands) -> None:
     ppo.add_argument(
         "--textfile-dir",
         metavar="DIR",
-        help="also write the metrics to DIR/esper.prom, for node_exporter's textfile collector",
+        help="also write the metrics to a file in DIR, for node_exporter's textfile collector",
     )
     ppo.add_argument("--allow-drill", action="store_true", help="let `esper drill` on this host show a made-up value")
     ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
@@ -109,9 +109,7 @@ def _add_drill(commands: _Commands) -> None:
         command.add_argument(f"--{server}", metavar="URL", default=url, help=f"the {server} (default: {url})")
     command.add_argument("--kind", choices=KINDS, default="inf", help="what the made-up check found (default: inf)")
     command.add_argument("--count", type=_whole, default=6, help="how many elements; 6 and more page (default: 6)")
-    command.add_argument(
-        "--timeout", metavar="SECONDS", type=_seconds, default=120.0, help="give up then (default: 120)"
-    )
+    command.add_argument("--timeout", metavar="SECONDS", type=_seconds, default=120.0, help="limit (default: 120)")
 
 
 def _whole(text: str) -> int:

@@ -108,13 +108,15 @@ class PPOJob:
         except GradientsCritical as critical:
             self._summary = replace(self._summary, halted=str(critical))
             callback.on_training_end()
+            self.monitor.close()
         except Exception as error:
             if self._summary.bad_checks == 0:
                 raise
-            # A bad gradient makes NaN weights, and torch refuses the distribution that they predict.
+            # A bad gradient makes NaN weights, and torch refuses the distribution that they predict. The run did not
+            # end as planned, so the monitor is not closed, and whoever watches the target may find it dead.
             self._summary = replace(self._summary, died=f"{type(error).__name__}: {error}".partition("\n")[0])
             callback.on_training_end()
-        finally:
+        else:
             self.monitor.close()
         return replace(
             self._summary,

@@ -39,7 +39,7 @@ class Exporter:
         self._drill: Drill | None = None
         self._linger_seconds = linger
         self._registry = CollectorRegistry()
-        self._registry.register(EsperCollector(source, self._drill_samples))
+        self._registry.register(EsperCollector(source, drill=self._drill_samples))
         self._shown: Snapshot = source.snapshot
         self._scraped = threading.Event()
         self._pid = os.getpid()

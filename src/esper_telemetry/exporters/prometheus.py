@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -24,11 +24,19 @@ class EsperCollector(Collector):
     In a registry of your own: `REGISTRY.register(EsperCollector(monitor))`. A snapshot that cannot be read gives a
     page that says so in `esper_exporter_collect_errors_total`, never an exception.
 
+    labels: stand on every series, where neither a scrape nor a resource says whose they are.
     drill: gives the samples of a drill, while there is one.
     """
 
-    def __init__(self, source: Source, drill: Callable[[], Iterable[Sample]] = tuple) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        labels: Mapping[str, str] | None = None,
+        drill: Callable[[], Iterable[Sample]] = tuple,
+    ) -> None:
         self._source = source
+        self._labels = labels or {}
         self._drill = drill
         self._errors = 0
 
@@ -39,23 +47,23 @@ class EsperCollector(Collector):
     def collect(self) -> Iterator[Family]:
         """Build the families anew from the snapshot."""
         try:
-            families = _families(chain(read_samples(self._source.snapshot), self._drill()))
+            families = self._families(chain(read_samples(self._source.snapshot), self._drill()))
         except Exception:
             if self._errors == 0:
                 logger.exception("esper: no page could be built; this is counted and not logged again")
             self._errors += 1
             families = []
         yield from families
-        yield from _families([Sample(metrics.COLLECT_ERRORS, (), self._errors)])
+        yield from self._families([Sample(metrics.COLLECT_ERRORS, (), self._errors)])
 
-
-def _families(samples: Iterable[Sample]) -> list[Family]:
-    families: dict[str, Family] = {}
-    for metric, labels, value in samples:
-        if metric.name not in families:
-            families[metric.name] = _family(metric)
-        families[metric.name].add_sample(metric.name, dict(zip(metric.labels, labels, strict=True)), value)
-    return list(families.values())
+    def _families(self, samples: Iterable[Sample]) -> list[Family]:
+        families: dict[str, Family] = {}
+        for metric, labels, value in samples:
+            if metric.name not in families:
+                families[metric.name] = _family(metric)
+            named = {**self._labels, **dict(zip(metric.labels, labels, strict=True))}
+            families[metric.name].add_sample(metric.name, named, value)
+        return list(families.values())
 
 
 def _family(metric: Metric) -> Family:

@@ -1,11 +1,13 @@
-"""A file for node_exporter's textfile collector: it outlives the process, so that even SIGKILL loses nothing."""
+"""A file for node_exporter's textfile collector: it outlives the process, so that even SIGKILL loses nothing.
+
+Every run has a file of its own, and its series carry `run_id` and `rank`: node_exporter refuses a series that stands in
+two files, and a restarted run must not overwrite the last words of the one before.
+"""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +22,9 @@ from esper_telemetry.snapshot import Snapshot
 
 logger = logging.getLogger("esper_telemetry")
 
-FILE_NAME = "esper.prom"
 INTERVAL_SECONDS = 5.0
 _REPEAT_SECONDS = 1.0
+_FORGOTTEN_SECONDS = 3600.0
 
 
 class Watched(Protocol):
@@ -44,18 +46,19 @@ class TextfileExporter:
     """
 
     def __init__(self, monitor: Watched, directory: str | os.PathLike[str]) -> None:
-        self.path = Path(directory) / FILE_NAME
+        run = monitor.snapshot.run
+        self.path = Path(directory) / f"esper-{run.run_id}-{run.rank}.prom"
         self._monitor = monitor
         self._registry = CollectorRegistry()
-        self._registry.register(EsperCollector(monitor))
+        self._registry.register(EsperCollector(monitor, labels={"run_id": run.run_id, "rank": str(run.rank)}))
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._failed = False
         self._written: tuple[int, int] = (0, 0)
         self._written_at = 0.0
         self._stopped = threading.Event()
-        self._refuse_a_second_writer()
         try:
+            _remove_forgotten(self.path.parent)
             self._write()
         except OSError as error:
             text = f"textfile-dir: expected a folder that can be written, got {str(directory)!r}: {error.strerror}"
@@ -75,16 +78,6 @@ class TextfileExporter:
         self._try_to_write()
         if self._written == (0, 0):
             self.path.unlink(missing_ok=True)
-
-    def _refuse_a_second_writer(self) -> None:
-        """Raise OSError where a live run writes already: node_exporter takes no series twice."""
-        try:
-            match = re.search(r'esper_run_info\{.*pid="(\d+)"', self.path.read_text())
-        except OSError:
-            return
-        if match and int(match[1]) != self._pid and _alive(int(match[1])):
-            text = f"textfile-dir: expected a folder that no other run writes to, got {str(self.path.parent)!r}"
-            raise FileExistsError(errno.EEXIST, text)
 
     def _see(self, snapshot: Snapshot) -> None:
         if not (snapshot.inf_grad_count or snapshot.nan_grad_count):
@@ -121,18 +114,15 @@ class TextfileExporter:
 
 
 def start_textfile(monitor: Watched, directory: str | os.PathLike[str]) -> TextfileExporter:
-    """Write the page of a monitor to `directory`/esper.prom for node_exporter, and return the exporter.
+    """Write the page of a monitor to a file in `directory` for node_exporter, and return the exporter.
 
-    Raise OSError when the folder cannot be written, or when another live run writes there.
+    Raise OSError when the folder cannot be written.
     """
     return TextfileExporter(monitor, directory)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _remove_forgotten(folder: Path) -> None:
+    """Remove what killed runs left over an hour ago: it pages no more, and a live file is rewritten every 5 s."""
+    for path in folder.glob("esper-*.prom"):
+        if time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS:
+            path.unlink(missing_ok=True)
