@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint clean
+.PHONY: run test lint stack soak bench clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
@@ -17,6 +17,16 @@ lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+stack: $(INSTALLED)  ## See a page arrive: a fault, Prometheus, Alertmanager and a pager, natively
+	$(BIN)/python -m deploy.stack
+
+soak: $(INSTALLED)  ## Place 50 bad checks at random and count the pages; about 10 minutes
+	$(BIN)/python -m deploy.stack.soak --placements 50
+
+bench: $(INSTALLED)  ## Measure the cost side by side with what people use today; about 10 minutes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python -m benchmarks
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
