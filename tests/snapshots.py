@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from esper_telemetry.amp import AmpState
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts
 from esper_telemetry.snapshot import RunInfo, Snapshot
@@ -43,6 +44,8 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         inf=before.inf.after(inf, timestamp, "policy.weight"),
         nan=before.nan.after(nan, timestamp, "policy.weight"),
         recent=before.recent.after(NOW, layers, 1),
+        amp=AmpState(scale=1024.0, skips=3, consecutive_skips=2),
+        skipped_updates={"amp": 3, "intervention": 0},
         monitor_seconds=0.25,
         ppo=PPOUpdatePayload(
             inf_grad_count=inf,

@@ -85,6 +85,10 @@ ORIGIN_LAYER = _gauge(
 SKIPPED_UPDATES = _counter(
     "esper_skipped_updates_total", "Optimizer steps that were not taken, by reason.", "{update}", ("reason",)
 )
+AMP_SCALE = _gauge("esper_amp_scale", "Scale of the watched GradScaler.")
+AMP_CONSECUTIVE_SKIPS = _gauge(
+    "esper_amp_consecutive_skips", "Optimizer steps in a row that the watched GradScaler skipped.", "{update}"
+)
 PPO_POLICY_LOSS = _gauge("esper_ppo_policy_loss", "Policy loss of the last PPO update.")
 PPO_VALUE_LOSS = _gauge("esper_ppo_value_loss", "Value loss of the last PPO update.")
 PPO_ENTROPY = _gauge("esper_ppo_entropy", "Mean policy entropy in the last PPO update.", "nat")

@@ -10,28 +10,31 @@ import threading
 import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from esper_telemetry.amp import ScalerWatch
 from esper_telemetry.health import CRITICAL_ABOVE, HealthTier, aggregate_layer_gradient_health
 from esper_telemetry.hooks import BackwardHooks
 from esper_telemetry.layers import Model, named_layers, named_modules
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts, worst_first
-from esper_telemetry.scan import ClipScan, Scan, describe, scan, total_norm
+from esper_telemetry.scan import ClipScan, PendingScan, Scan, Scanner, describe, total_norm
 from esper_telemetry.snapshot import RunInfo, Snapshot
 
 logger = logging.getLogger("esper_telemetry")
 
 POLICIES = ("continue", "skip", "halt")
 
-Measure = Callable[[Sequence[Tensor | None]], Scan]
+Measure = Callable[[Sequence[Tensor | None]], Scan | PendingScan]
 
 Policy = str | Callable[[Snapshot], str | None]
 
@@ -55,6 +58,9 @@ class GradientMonitor:
 
     model: a Module, or a dict name -> Module whose names become prefixes of the layer names. It is not kept alive.
     optimizer: one or several, needed by `on_critical="skip"`.
+    scaler: the GradScaler of the loop. Counts and norms are then of what the optimizer would see: overflows that the
+        scaler handles are skipped updates and not bad checks, until they stop being explained. Measure before
+        `unscale_()`. Following the scaler reads its scale, which waits for a CUDA device.
     on_critical: what to do when a check finds more than 5 elements of one kind. "continue"; "skip": the optimizer
         steps until the next check change neither parameters nor optimizer state; "halt": raise GradientsCritical
         from the call that measured; or a callable that is given the snapshot and returns one of these or None. What
@@ -72,6 +78,7 @@ class GradientMonitor:
         model: Model,
         *,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        scaler: GradScaler | None = None,
         on_critical: Policy = "continue",
         statistics_every: int = 100,
         recent_window_seconds: float = 120.0,
@@ -87,6 +94,10 @@ class GradientMonitor:
         self._on_backward_end: Callable[[], None] | None = None
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._lock = threading.RLock()
+        self._scan = Scanner()
+        self._amp = ScalerWatch.of(scaler)
+        self._launched: deque[_Launched] = deque()
+        self._untold: list[Snapshot] = []
         self._seconds = 0.0
         self._dropping = False
         self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds))
@@ -95,15 +106,24 @@ class GradientMonitor:
 
     @property
     def snapshot(self) -> Snapshot:
-        """Return what the last check found."""
+        """Return what the last check found whose result is there; never wait."""
+        if self._launched and self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
         return self._snapshot
 
     def update(self) -> Snapshot:
         """Measure every `.grad` now and return the new snapshot.
 
+        Gradients on CUDA devices are measured in the order of the stream, and nobody waits: a result is published by
+        the first later `update()`, `snapshot` or `flush()` that finds it there, and listeners are told by `update()`
+        and `flush()`. An `on_critical` other than "continue" needs the answer before the optimizer steps, and waits.
+
         Raise only GradientsCritical, when `on_critical` says "halt", and what a callable `on_critical` raises.
         """
-        return self._update(scan)
+        return self._update(self._scan)
 
     def clip_grad_norm_(
         self,
@@ -117,9 +137,9 @@ class GradientMonitor:
         Call it in place of `update()` and torch's function, whose arguments it takes: the gradients come out bit-equal
         to torch's. A monitor that measures by itself has done so already, and then this only clips.
         """
-        shared = ClipScan()
+        shared = ClipScan(self._scan)
         if self._on_backward_end is None:
-            self._update(shared if norm_type == 2.0 else scan)
+            self._update(shared if norm_type == 2.0 else self._scan)
         total_norm = shared.total_norm
         parameters = [parameter for reference in self._parameters if (parameter := reference()) is not None]
         if total_norm is None or foreach is not None or (error_if_nonfinite and not total_norm.isfinite()):
@@ -146,8 +166,18 @@ class GradientMonitor:
         with self._lock:
             self._snapshot = replace(self._snapshot, ppo=payload)
 
-    def flush(self) -> None:
-        """Wait for results that are still on a device."""
+    def flush(self, timeout: float = 10.0) -> None:
+        """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""
+        deadline = time.monotonic() + timeout
+        while self._launched and time.monotonic() < deadline:
+            with self._lock:
+                self._settle()
+            if self._launched:
+                time.sleep(0.0005)
+        with self._lock:
+            news, self._untold = self._untold, []
+        for snapshot in news:
+            self._tell(snapshot)
 
     def close(self) -> None:
         """Remove every hook and mark the snapshot as the run's last; a second call does nothing."""
@@ -178,37 +208,71 @@ class GradientMonitor:
     def _update(self, measure: Measure) -> Snapshot:
         started = time.perf_counter()
         with self._lock:
-            checked = self._try_to_check(started, measure)
-            snapshot = self._snapshot
-        if checked:
+            self._try_to_check(started, measure)
+            news, self._untold = self._untold, []
+        for snapshot in news:
             self._tell(snapshot)
         self._seconds += time.perf_counter() - started
-        if checked:
+        for snapshot in news:
             self._react(snapshot)
-        return snapshot
+        return self._snapshot
 
-    def _try_to_check(self, started: float, measure: Measure) -> bool:
+    def _try_to_check(self, started: float, measure: Measure) -> None:
         try:
             with torch.no_grad():
                 self._check(started, measure)
         except Exception:
             self._fail("a check failed")
-            return False
-        return True
 
     def _check(self, started: float, measure: Measure) -> None:
-        before = self._snapshot
         if self._before_check is not None:
-            self._before_check(before.checks + 1)
+            self._before_check(self._snapshot.checks + len(self._launched) + 1)
         gradients = self._gradients()
         found = measure(gradients)
         order = self._hooks.take_order()
         timestamp = time.time()
+        if isinstance(found, Scan):
+            if self._launched:
+                self._settle(wait=True)
+            if found.bad or self._snapshot.checks % self._statistics_every == 0:
+                found = self._with_statistics(found, gradients)
+            self._publish(found, self._names, gradients, order, timestamp, started)
+        else:
+            shapes = [None if gradient is None else gradient.shape for gradient in gradients]
+            self._launched.append(_Launched(found, self._names, shapes, order, timestamp))
+            self._settle(wait=self._on_critical != "continue")
+
+    def _settle(self, wait: bool = False) -> None:
+        """Publish launched checks in their order, as far as their results are there."""
+        while self._launched:
+            try:
+                if not wait and not self._launched[0].scan.ready():
+                    return
+                check = self._launched.popleft()
+                started = time.perf_counter()
+                self._publish(check.scan.result(), check.names, check.shapes, check.order, check.timestamp, started)
+            except Exception:
+                self._launched.clear()
+                self._fail("results were lost on their device")
+
+    def _publish(
+        self,
+        found: Scan,
+        names: Sequence[str],
+        gradients: Sequence[Tensor | torch.Size | None],
+        order: Sequence[int],
+        timestamp: float,
+        started: float,
+    ) -> None:
+        before = self._snapshot
         news: dict[str, Any] = {"layers": ()}
+        if self._amp is not None:
+            found = self._amp.judge(found)
+            news |= {"amp": self._amp.state, "skipped_updates": before.skipped_updates | {"amp": self._amp.state.skips}}
         if found.bad:
-            news |= self._bad_layers(before, found, gradients, order, timestamp)
-        if found.bad or before.checks % self._statistics_every == 0:
-            news |= self._statistics(gradients)
+            news |= self._bad_layers(before, found, names, gradients, order, timestamp)
+        if found.dead_layers is not None:
+            news |= {"dead_layers": found.dead_layers, "exploding_layers": found.exploding_layers}
         self._snapshot = replace(
             before,
             checks=before.checks + 1,
@@ -217,21 +281,22 @@ class GradientMonitor:
             grad_norm=total_norm(found.norms),
             elements=found.elements,
             timestamp=timestamp,
-            layer_names=self._names,
+            layer_names=names,
             layer_norms=found.norms,
             monitor_seconds=self._seconds + time.perf_counter() - started,
             **news,
         )
+        self._untold.append(self._snapshot)
 
     def _bad_layers(
         self,
         before: Snapshot,
         found: Scan,
-        gradients: Sequence[Tensor | None],
+        names: Sequence[str],
+        gradients: Sequence[Tensor | torch.Size | None],
         order: Sequence[int],
         timestamp: float,
     ) -> dict[str, Any]:
-        names = self._names
         layers = worst_first(
             LayerCounts(names[index], inf, nan, gradient.numel())
             for index, (inf, nan) in found.bad.items()
@@ -248,10 +313,10 @@ class GradientMonitor:
             "recent": before.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
         }
 
-    def _statistics(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+    def _with_statistics(self, found: Scan, gradients: Sequence[Tensor | None]) -> Scan:
         layers = zip(self._names, gradients, strict=True)
         health = aggregate_layer_gradient_health(describe(name, each) for name, each in layers if each is not None)
-        return {"dead_layers": health.dead_layers, "exploding_layers": health.exploding_layers}
+        return replace(found, dead_layers=health.dead_layers, exploding_layers=health.exploding_layers)
 
     def _tell(self, snapshot: Snapshot) -> None:
         for listener in tuple(self._listeners):
@@ -289,10 +354,22 @@ class GradientMonitor:
             self._snapshot = replace(self._snapshot, monitor_errors=self._snapshot.monitor_errors + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """Hold a check whose result is still on a device, and what was known when it was launched."""
+
+    scan: PendingScan
+    names: Sequence[str]
+    shapes: Sequence[torch.Size | None]
+    order: Sequence[int]
+    timestamp: float
+
+
 def watch(
     model: Model,
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    scaler: GradScaler | None = None,
     on_critical: Policy = "continue",
     statistics_every: int = 100,
     recent_window_seconds: float = 120.0,
@@ -303,6 +380,7 @@ def watch(
     monitor = GradientMonitor(
         model,
         optimizer=optimizer,
+        scaler=scaler,
         on_critical=on_critical,
         statistics_every=statistics_every,
         recent_window_seconds=recent_window_seconds,

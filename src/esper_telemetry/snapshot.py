@@ -10,6 +10,7 @@ from esper_telemetry.health import HealthTier
 from esper_telemetry.recent import LayerCounts, RecentWindow
 
 if TYPE_CHECKING:
+    from esper_telemetry.amp import AmpState
     from esper_telemetry.payload import PPOUpdatePayload
 
 
@@ -62,6 +63,7 @@ class Snapshot:
     timestamp: unix time of the last check.
     layer_names, layer_norms: all layers, and the norm of each at the last check (None: it had no gradient).
     dead_layers, exploding_layers: as of the last full statistics, which have a slower cadence than checks.
+    amp: the GradScaler's state at the last check, None where none is watched.
     monitor_seconds: time spent measuring so far.
     """
 
@@ -81,7 +83,8 @@ class Snapshot:
     inf: KindHistory
     nan: KindHistory
     recent: RecentWindow
-    skipped_updates: Mapping[str, int]
+    skipped_updates: dict[str, int]
+    amp: AmpState | None
     monitor_seconds: float
     monitor_errors: int
     ppo: PPOUpdatePayload | None
@@ -109,6 +112,7 @@ class Snapshot:
             nan=nothing,
             recent=RecentWindow(recent_window_seconds),
             skipped_updates={"amp": 0, "intervention": 0},
+            amp=None,
             monitor_seconds=0.0,
             monitor_errors=0,
             ppo=None,

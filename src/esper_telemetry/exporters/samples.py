@@ -66,6 +66,9 @@ def _history(snapshot: Snapshot) -> Iterator[Sample]:
             yield Sample(metrics.ORIGIN_LAYER, (history.origin_layer, kind), 1)
     for reason, updates in snapshot.skipped_updates.items():
         yield Sample(metrics.SKIPPED_UPDATES, (reason,), updates)
+    if snapshot.amp is not None:
+        yield Sample(metrics.AMP_SCALE, (), snapshot.amp.scale)
+        yield Sample(metrics.AMP_CONSECUTIVE_SKIPS, (), snapshot.amp.consecutive_skips)
 
 
 def _layer_norms(snapshot: Snapshot) -> Iterator[Sample]:

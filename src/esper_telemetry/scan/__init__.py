@@ -1,8 +1,17 @@
 """Counting kernels behind one function."""
 
 from esper_telemetry.scan.clip import ClipScan
-from esper_telemetry.scan.dispatch import scan
-from esper_telemetry.scan.result import Scan, total_norm
+from esper_telemetry.scan.dispatch import Scanner, scan
+from esper_telemetry.scan.result import PendingScan, Scan, total_norm
 from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe
 
-__all__ = ["ClipScan", "Scan", "collect_per_layer_gradients", "describe", "scan", "total_norm"]
+__all__ = [
+    "ClipScan",
+    "PendingScan",
+    "Scan",
+    "Scanner",
+    "collect_per_layer_gradients",
+    "describe",
+    "scan",
+    "total_norm",
+]

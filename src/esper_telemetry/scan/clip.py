@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from esper_telemetry.scan.cpu import scan_with_norms
 from esper_telemetry.scan.dispatch import scan
-from esper_telemetry.scan.result import Scan
+from esper_telemetry.scan.result import PendingScan, Scan
 
 _NORMED_BY_TORCH = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -18,16 +18,19 @@ class ClipScan:
     """Scan gradients from the norms that `torch.nn.utils.clip_grad_norm_` would take.
 
     total_norm: after the call the 0-d norm over all gradients, bit-equal to torch's; None where torch goes about it
-    in another way: several dtypes or devices, and layouts other than strided.
+    in another way, several dtypes or layouts other than strided, and on devices; `otherwise` scans these.
     """
 
     total_norm: Tensor | None = None
 
-    def __call__(self, gradients: Sequence[Tensor | None]) -> Scan:
+    def __init__(self, otherwise: Callable[[Sequence[Tensor | None]], Scan | PendingScan] = scan) -> None:
+        self._otherwise = otherwise
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
         """Scan, and keep the total norm."""
         present = [gradient for gradient in gradients if gradient is not None]
         if len({gradient.dtype for gradient in present}) != 1 or not all(map(_is_plain, present)):
-            return scan(gradients)
+            return self._otherwise(gradients)
         norms = torch._foreach_norm(present, 2.0)
         self.total_norm = torch.linalg.vector_norm(torch.stack(norms), 2.0)
         return scan_with_norms(gradients, [norm.item() for norm in norms])

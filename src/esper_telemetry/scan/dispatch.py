@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from esper_telemetry.scan.cpu import scan_cpu
 from esper_telemetry.scan.device import scan_device
-from esper_telemetry.scan.result import Scan
+from esper_telemetry.scan.result import PendingScan, Scan
+
+if TYPE_CHECKING:
+    from esper_telemetry.scan.cuda import CudaScanner
+
+logger = logging.getLogger("esper_telemetry")
 
 
 def scan(gradients: Sequence[Tensor | None]) -> Scan:
@@ -21,3 +30,41 @@ def scan(gradients: Sequence[Tensor | None]) -> Scan:
     if all(gradient is None or gradient.is_cpu for gradient in gradients):
         return scan_cpu(gradients)
     return scan_device(gradients)
+
+
+class Scanner:
+    """Scan as `scan()` does, but leave a result on CUDA devices until somebody wants it."""
+
+    def __init__(self) -> None:
+        self._cuda: CudaScanner | None = None
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
+        """Return the scan, or what will be one; raise RuntimeError while a CUDA graph is captured."""
+        if all(gradient is None or gradient.is_cpu for gradient in gradients):
+            return scan_cpu(gradients)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("gradients cannot be measured while a CUDA graph is captured")
+        if not all(gradient is None or _suits_kernel(gradient) for gradient in gradients) or not _kernel_works():
+            return scan_device(gradients)
+        if self._cuda is None:
+            from esper_telemetry.scan.cuda import CudaScanner
+
+            self._cuda = CudaScanner()
+        return self._cuda.launch(gradients)
+
+
+def _suits_kernel(gradient: Tensor) -> bool:
+    return gradient.is_cuda and gradient.dtype.is_floating_point
+
+
+@cache
+def _kernel_works() -> bool:
+    """Find out once whether Triton is installed and can compile and launch here."""
+    try:
+        from esper_telemetry.scan.cuda import CudaScanner
+
+        CudaScanner().launch([torch.zeros(1, device="cuda")])
+    except Exception as error:
+        logger.warning("esper: no kernel for CUDA, so each check waits for the device: %s", error)
+        return False
+    return True

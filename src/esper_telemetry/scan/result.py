@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +15,14 @@ class Scan:
     norms: one per gradient, None where there was none; Inf or NaN where the layer holds a bad element.
     bad: index -> (inf_count, nan_count), only layers with a bad element.
     elements: how many elements were looked at.
+    dead_layers, exploding_layers: as in LayerGradientStats; None where the scan did not look for them.
     """
 
     norms: list[float | None]
     bad: dict[int, tuple[int, int]]
     elements: int
+    dead_layers: int | None = None
+    exploding_layers: int | None = None
 
     @property
     def inf_count(self) -> int:
@@ -29,6 +33,16 @@ class Scan:
     def nan_count(self) -> int:
         """Return the NaN elements of all layers."""
         return sum(nan for _, nan in self.bad.values())
+
+
+class PendingScan(Protocol):
+    """Hold a scan that may still be on its way."""
+
+    def ready(self) -> bool:
+        """Tell whether `result()` would return at once; never wait."""
+
+    def result(self) -> Scan:
+        """Return what was found; wait for it when it is not there yet."""
 
 
 def total_norm(norms: Iterable[float | None]) -> float:

@@ -15,6 +15,12 @@ _INF = tl.constexpr(float("inf"))
 _RECORD = tl.constexpr(RECORD)
 
 
+@triton.jit
+def _tally(values, squares, nonzero, large):
+    square = values * values
+    return squares + square, nonzero + (values != 0).to(tl.int32), large + (square > 100).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["first"])
 def count_chunks(
     addresses,  # int64, of each segment: where it starts in memory
@@ -48,16 +54,10 @@ def count_chunks(
     whole = size // TILE * TILE
     for place in range(0, whole, TILE):  # without a mask, which would keep loads from being vectorized
         values = tl.load(base + place + lane).to(WIDE)
-        square = values * values
-        squares += square
-        nonzero += (values != 0).to(tl.int32)
-        large += (square > 100).to(tl.int32)
+        squares, nonzero, large = _tally(values, squares, nonzero, large)
     if whole < size:
         values = tl.load(base + whole + lane, mask=whole + lane < size, other=0).to(WIDE)
-        square = values * values
-        squares += square
-        nonzero += (values != 0).to(tl.int32)
-        large += (square > 100).to(tl.int32)
+        squares, nonzero, large = _tally(values, squares, nonzero, large)
 
     norm = tl.sqrt(tl.sum(squares).to(tl.float64))
     nonzero_count = tl.sum(nonzero)
@@ -78,7 +78,7 @@ def count_chunks(
             wide += scaled * scaled
         inf_count = tl.sum(inf)
         nan_count = tl.sum(nan)
-        large_count -= inf_count
+        large_count -= inf_count  # their squares were above 100 too
         norm = tl.sqrt(tl.sum(wide)) / SCALE
 
     record = records + chunk * _RECORD
@@ -98,7 +98,7 @@ def add_up_layers(
 ):
     """Merge the chunks of each layer, one program per layer, always in the same order.
 
-    Norms are scaled by the largest, so that nothing overflows. The norm of a layer with a bad element means nothing.
+    Norms are scaled by the largest, so that their squares do not overflow. Inf and NaN stay what they are.
     """
     layer = tl.program_id(0)
     first = tl.load(starts + layer)
@@ -113,7 +113,7 @@ def add_up_layers(
         norms = tl.load(record + 4, mask=chunk < last, other=0).to(tl.float64, bitcast=True)
         largest = tl.maximum(largest, norms)
     scale = tl.max(largest)
-    scale = tl.where(scale > 0, scale, 1.0)
+    scale = tl.where((scale > 0) & (scale < _INF), scale, 1.0)
     squares = tl.zeros((WIDTH,), tl.float64)
     for start in range(first, last, WIDTH):
         chunk = start + tl.arange(0, WIDTH)
