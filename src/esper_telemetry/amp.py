@@ -16,15 +16,27 @@ MIN_SCALE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class AmpState:
-    """Hold what the scaler came to: its scale, the steps that it skipped in all, and those in a row."""
+    """Hold what the scaler came to: its scale, the steps that it skipped in all, and those in a row.
+
+    warm: whether a step was taken yet.
+    """
 
     scale: float
     skips: int
     consecutive_skips: int
+    warm: bool
+
+    def judge(self, found: Scan) -> Scan:
+        """Return what the optimizer would see: unscaled norms, and no bad element that the scaler handles."""
+        norms = [None if norm is None else norm / self.scale for norm in found.norms]
+        return replace(found, norms=norms, bad={} if self._explains_overflows() else found.bad)
+
+    def _explains_overflows(self) -> bool:
+        return self.scale >= MIN_SCALE and (self.consecutive_skips <= MAX_CONSECUTIVE_SKIPS or not self.warm)
 
 
 class ScalerWatch:
-    """Follow a GradScaler from check to check by its public state, and judge whether an overflow is explained.
+    """Follow a GradScaler from check to check by its public state, and so tell whether an overflow is explained.
 
     An overflow is expected while the scale is at least 1 and at most 8 steps in a row were skipped; before the first
     step that was taken the scale alone decides, as a new scaler starts far too high on purpose.
@@ -42,26 +54,17 @@ class ScalerWatch:
 
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
-        self._warm = False
-        self.state = AmpState(scaler.get_scale(), 0, 0)
+        self._state = AmpState(scaler.get_scale(), skips=0, consecutive_skips=0, warm=False)
 
-    def judge(self, found: Scan) -> Scan:
-        """Return what the optimizer would see: unscaled norms, and no bad element that the scaler handles."""
-        self._follow()
-        norms = [None if norm is None else norm / self.state.scale for norm in found.norms]
-        return replace(found, norms=norms, bad={} if self._explained() else found.bad)
-
-    def _explained(self) -> bool:
-        in_bounds = self.state.consecutive_skips <= MAX_CONSECUTIVE_SKIPS or not self._warm
-        return self.state.scale >= MIN_SCALE and in_bounds
-
-    def _follow(self) -> None:
+    def follow(self) -> AmpState:
         """Read what became of the steps since the last check: a skip lowers the scale, a step taken does not."""
         saved = self._scaler.state_dict()
-        before, scale = self.state, saved["scale"]
+        before, scale = self._state, saved["scale"]
         if scale < before.scale:
             skips = max(1, round(math.log(before.scale / scale) / -math.log(saved["backoff_factor"])))
-            self.state = AmpState(scale, before.skips + skips, before.consecutive_skips + skips)
+            self._state = replace(
+                before, scale=scale, skips=before.skips + skips, consecutive_skips=before.consecutive_skips + skips
+            )
         elif scale > before.scale or saved["_growth_tracker"] > 0:
-            self._warm = True
-            self.state = AmpState(scale, before.skips, 0)
+            self._state = replace(before, scale=scale, consecutive_skips=0, warm=True)
+        return self._state

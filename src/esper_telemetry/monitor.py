@@ -12,16 +12,16 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from esper_telemetry.amp import ScalerWatch
+from esper_telemetry.amp import AmpState, ScalerWatch
 from esper_telemetry.health import CRITICAL_ABOVE, HealthTier, aggregate_layer_gradient_health
 from esper_telemetry.hooks import BackwardHooks
 from esper_telemetry.layers import Model, named_layers, named_modules
@@ -96,7 +96,7 @@ class GradientMonitor:
         self._lock = threading.RLock()
         self._scan = Scanner()
         self._amp = ScalerWatch.of(scaler)
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[tuple[PendingScan, _Check]] = deque()
         self._untold: list[Snapshot] = []
         self._seconds = 0.0
         self._dropping = False
@@ -229,48 +229,39 @@ class GradientMonitor:
             self._before_check(self._snapshot.checks + len(self._launched) + 1)
         gradients = self._gradients()
         found = measure(gradients)
-        order = self._hooks.take_order()
-        timestamp = time.time()
+        amp = self._amp.follow() if self._amp is not None else None
+        check = _Check(self._names, gradients, self._hooks.take_order(), time.time(), amp)
         if isinstance(found, Scan):
             if self._launched:
                 self._settle(wait=True)
             if found.bad or self._snapshot.checks % self._statistics_every == 0:
                 found = self._with_statistics(found, gradients)
-            self._publish(found, self._names, gradients, order, timestamp, started)
+            self._publish(found, check, started)
         else:
-            shapes = [None if gradient is None else gradient.shape for gradient in gradients]
-            self._launched.append(_Launched(found, self._names, shapes, order, timestamp))
+            self._launched.append((found, check.without_gradients()))
             self._settle(wait=self._on_critical != "continue")
 
     def _settle(self, wait: bool = False) -> None:
         """Publish launched checks in their order, as far as their results are there."""
         while self._launched:
             try:
-                if not wait and not self._launched[0].scan.ready():
+                if not wait and not self._launched[0][0].ready():
                     return
-                check = self._launched.popleft()
+                pending, check = self._launched.popleft()
                 started = time.perf_counter()
-                self._publish(check.scan.result(), check.names, check.shapes, check.order, check.timestamp, started)
+                self._publish(pending.result(), check, started)
             except Exception:
                 self._launched.clear()
                 self._fail("results were lost on their device")
 
-    def _publish(
-        self,
-        found: Scan,
-        names: Sequence[str],
-        gradients: Sequence[Tensor | torch.Size | None],
-        order: Sequence[int],
-        timestamp: float,
-        started: float,
-    ) -> None:
+    def _publish(self, found: Scan, check: _Check, started: float) -> None:
         before = self._snapshot
         news: dict[str, Any] = {"layers": ()}
-        if self._amp is not None:
-            found = self._amp.judge(found)
-            news |= {"amp": self._amp.state, "skipped_updates": before.skipped_updates | {"amp": self._amp.state.skips}}
+        if check.amp is not None:
+            found = check.amp.judge(found)
+            news |= {"amp": check.amp, "skipped_updates": before.skipped_updates | {"amp": check.amp.skips}}
         if found.bad:
-            news |= self._bad_layers(before, found, names, gradients, order, timestamp)
+            news |= _bad_layers(before, found, check)
         if found.dead_layers is not None:
             news |= {"dead_layers": found.dead_layers, "exploding_layers": found.exploding_layers}
         self._snapshot = replace(
@@ -280,38 +271,13 @@ class GradientMonitor:
             nan_grad_count=found.nan_count,
             grad_norm=total_norm(found.norms),
             elements=found.elements,
-            timestamp=timestamp,
-            layer_names=names,
+            timestamp=check.timestamp,
+            layer_names=check.names,
             layer_norms=found.norms,
             monitor_seconds=self._seconds + time.perf_counter() - started,
             **news,
         )
         self._untold.append(self._snapshot)
-
-    def _bad_layers(
-        self,
-        before: Snapshot,
-        found: Scan,
-        names: Sequence[str],
-        gradients: Sequence[Tensor | torch.Size | None],
-        order: Sequence[int],
-        timestamp: float,
-    ) -> dict[str, Any]:
-        layers = worst_first(
-            LayerCounts(names[index], inf, nan, gradient.numel())
-            for index, (inf, nan) in found.bad.items()
-            if (gradient := gradients[index]) is not None
-        )
-        by_arrival = _by_arrival(found.bad, order)
-        inf_origin = next((names[index] for index in by_arrival if found.bad[index][0]), None)
-        nan_origin = next((names[index] for index in by_arrival if found.bad[index][1]), None)
-        return {
-            "layers": layers,
-            "origin_layer": names[by_arrival[0]],
-            "inf": before.inf.after(found.inf_count, timestamp, inf_origin),
-            "nan": before.nan.after(found.nan_count, timestamp, nan_origin),
-            "recent": before.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
-        }
 
     def _with_statistics(self, found: Scan, gradients: Sequence[Tensor | None]) -> Scan:
         layers = zip(self._names, gradients, strict=True)
@@ -354,15 +320,38 @@ class GradientMonitor:
             self._snapshot = replace(self._snapshot, monitor_errors=self._snapshot.monitor_errors + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """Hold a check whose result is still on a device, and what was known when it was launched."""
+class _Check(NamedTuple):
+    """Hold what was known when a check was made; its result may come later."""
 
-    scan: PendingScan
     names: Sequence[str]
-    shapes: Sequence[torch.Size | None]
+    gradients: Sequence[Tensor | torch.Size | None]
     order: Sequence[int]
     timestamp: float
+    amp: AmpState | None
+
+    def without_gradients(self) -> _Check:
+        """Keep the shapes alone, so that the gradients can be freed meanwhile."""
+        shapes = [each.shape if isinstance(each, Tensor) else each for each in self.gradients]
+        return self._replace(gradients=shapes)
+
+
+def _bad_layers(before: Snapshot, found: Scan, check: _Check) -> dict[str, Any]:
+    names = check.names
+    layers = worst_first(
+        LayerCounts(names[index], inf, nan, gradient.numel())
+        for index, (inf, nan) in found.bad.items()
+        if (gradient := check.gradients[index]) is not None
+    )
+    by_arrival = _by_arrival(found.bad, check.order)
+    inf_origin = next((names[index] for index in by_arrival if found.bad[index][0]), None)
+    nan_origin = next((names[index] for index in by_arrival if found.bad[index][1]), None)
+    return {
+        "layers": layers,
+        "origin_layer": names[by_arrival[0]],
+        "inf": before.inf.after(found.inf_count, check.timestamp, inf_origin),
+        "nan": before.nan.after(found.nan_count, check.timestamp, nan_origin),
+        "recent": before.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
+    }
 
 
 def watch(

@@ -122,6 +122,7 @@ class _WorstCheck:
         self.seconds = 0.0
         self._started = time.perf_counter()
         self._checks = 0
+        self._monitor = monitor
         self._stop = monitor.on_check(self._see)
 
     def _see(self, snapshot: Snapshot) -> None:
@@ -131,6 +132,7 @@ class _WorstCheck:
 
     def close(self) -> bool:
         """Stop looking, and return whether anything was checked."""
+        self._monitor.flush()
         self._stop()
         self.seconds = time.perf_counter() - self._started
         return self._checks > 0

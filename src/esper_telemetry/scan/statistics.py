@@ -16,6 +16,7 @@ SMALL = 1e-6
 LARGE = 10.0
 
 _CHUNK = 1 << 17
+_TINY = 1e-30  # below it float32 has lost squares to underflow
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ class _Moments:
         low, high = (bound.item() for bound in torch.aminmax(chunk))
         scratch = torch.sub(chunk, mean)
         squares = torch.dot(scratch, scratch).item()
-        if not math.isfinite(squares):
+        if not _TINY < squares < math.inf and low < high:
             squares, mean = _wide_moments(chunk)
         self._merge(chunk.numel(), mean, squares, low, high)
         self._count_sizes(chunk, torch.abs(chunk, out=scratch), max(-low, high))
@@ -123,7 +124,7 @@ class _Moments:
 
 
 def _wide_moments(chunk: Tensor) -> tuple[float, float]:
-    """Return (squares, mean) of finite elements whose squares or sum do not fit float32."""
+    """Return (squares, mean) of finite elements whose squares do not fit float32, as they are too large or small."""
     wide = chunk.double()
     mean = wide.mean()
     return float(((wide - mean) ** 2).sum()), float(mean)
