@@ -420,9 +420,10 @@ def test_full_statistics_come_at_the_first_check_then_at_their_cadence_and_at_on
             parameter.grad = torch.ones_like(parameter)
         for parameter in list(model.parameters())[:check]:
             parameter.grad.zero_()
-        if check == 2:
+        if check in (2, 3):
             model[2].bias.grad[0] = math.nan
         dead.append(monitor.update().dead_layers)
+    # Looked at: 1, the first; 2, where trouble begins; 4, due. Not 3, which is still the same trouble.
     assert dead == [1, 2, 2, 4, 4, 4]
 
 

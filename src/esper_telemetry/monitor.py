@@ -65,7 +65,8 @@ class GradientMonitor:
         steps until the next check change neither parameters nor optimizer state; "halt": raise GradientsCritical
         from the call that measured; or a callable that is given the snapshot and returns one of these or None. What
         the callable raises reaches the training loop.
-    statistics_every: checks between two refreshes of dead and exploding layers; a bad check refreshes at once.
+    statistics_every: checks between two refreshes of dead and exploding layers; a bad check that follows a good one
+        refreshes them at once.
     recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
     before_check: called with the number of the check to come; for fault injection.
     run_id: names the run; made up when it is not given.
@@ -234,7 +235,8 @@ class GradientMonitor:
         if isinstance(found, Scan):
             if self._launched:
                 self._settle(wait=True)
-            if found.bad or self._snapshot.checks % self._statistics_every == 0:
+            trouble_begins = found.bad and not self._snapshot.layers
+            if trouble_begins or self._snapshot.checks % self._statistics_every == 0:
                 found = self._with_statistics(found, gradients)
             self._publish(found, check, started)
         else:

@@ -133,11 +133,6 @@ class Snapshot:
             for tier in ("warning", "critical")
         }
 
-    @property
-    def last_bad_timestamp(self) -> float | None:
-        """Return the unix time of the last check that found anything, None while there was none."""
-        return max((t for t in (self.inf.last_timestamp, self.nan.last_timestamp) if t is not None), default=None)
-
     def skipping(self, reason: str) -> Snapshot:
         """Return this snapshot with one more skipped update."""
         return replace(self, skipped_updates={**self.skipped_updates, reason: self.skipped_updates[reason] + 1})
