@@ -97,7 +97,7 @@ def _inspect(tensor: Tensor, index: int, bad: dict[int, tuple[int, int]]) -> flo
         for number, norm in enumerate(_chunk_norms(flat)):
             if not math.isfinite(norm):
                 chunk = widen(flat[number * CHUNK : (number + 1) * CHUNK])
-                marks = torch.empty(CHUNK) if marks is None else marks
+                marks = torch.empty(min(CHUNK, tensor.numel())) if marks is None else marks
                 inf, nan = _count(chunk, norm, marks)
                 inf_count += inf
                 nan_count += nan
