@@ -14,11 +14,14 @@ from deploy.stack.pager import Pager
 # The shipped windows, in proportion, so that an all-clear takes seconds.
 WINDOWS = {"10s": "1s", "3m10s": "10s", "3m": "9s", "5m": "15s"}
 
+# The rest of them, for what has to stay silent past the longest. A minute of scrapes is twelve: `for: 1m` is kept long.
+LONG_WINDOWS = WINDOWS | {"1m": "6s", "10m": "30s", "15m": "45s", "1h": "60s", "1d": "60s"}
+
 
 class Stack:
     """Prometheus, scraping and evaluating every second, Alertmanager, and a pager."""
 
-    def __init__(self, folder, prometheus_count=1):
+    def __init__(self, folder, prometheus_count=1, windows=WINDOWS):
         self.folder = folder
         self._exit = ExitStack()
         self.pager = self._exit.enter_context(Pager())
@@ -30,7 +33,7 @@ class Stack:
             config = configs.prometheus_config(
                 home,
                 self.alertmanager.url,
-                rule_file=configs.rules(home, WINDOWS),
+                rule_file=configs.rules(home, windows),
                 interval="1s",
                 replica=str(number),
             )

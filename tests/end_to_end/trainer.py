@@ -7,9 +7,23 @@ import time
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from esper_telemetry import start_exporter, start_textfile, watch
 from esper_telemetry.faults import Fault, FaultInjector
+
+HUGE = 3e38  # finite in float32; the norm of two is not
+
+
+def batches(workers):
+    """Yield batches for ever, loaded by forked workers where there are any."""
+    if not workers:
+        while True:
+            yield torch.randn(4, 8)
+    data = TensorDataset(torch.randn(64, 8))
+    while True:
+        for (batch,) in DataLoader(data, batch_size=4, num_workers=workers, multiprocessing_context="fork"):
+            yield batch
 
 
 def main():
@@ -23,25 +37,34 @@ def main():
     parser.add_argument("--kill-at", type=int, help="SIGKILL ourselves right after this check")
     parser.add_argument("--textfile-dir")
     parser.add_argument("--window", type=float, default=5.0)
+    parser.add_argument("--allow-drill", action="store_true")
+    parser.add_argument("--huge", type=int, default=0, help="elements of the last layer that are huge at every check")
+    parser.add_argument("--workers", type=int, default=0, help="load the batches in forked workers")
     options = parser.parse_args()
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    inject = FaultInjector(model, options.inject)
+
+    def before_check(check):
+        model[2].weight.grad.view(-1)[: options.huge] = HUGE
+        inject(check)
+
     monitor = watch(
         model,
         on_critical=options.on_critical,
         recent_window_seconds=options.window,
-        before_check=FaultInjector(model, options.inject),
+        before_check=before_check,
     )
-    exporter = start_exporter(monitor, options.address)
+    exporter = start_exporter(monitor, options.address, allow_drill=options.allow_drill)
     if options.textfile_dir:
         start_textfile(monitor, options.textfile_dir)
     print(exporter.url, flush=True)
     if options.wait:
         input()
-    for check in range(1, options.checks + 1):
+    for check, batch in zip(range(1, options.checks + 1), batches(options.workers), strict=False):
         model.zero_grad()
-        model(torch.randn(4, 8)).square().sum().backward()
+        model(batch).square().sum().backward()
         print(check, flush=True)
         if check == options.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""What the check costs, side by side with what people use today: `make bench`."""
