@@ -251,6 +251,8 @@ def prometheus(config: Path, folder: Path, *arguments: str, port: int | None = N
         f"--config.file={config}",
         f"--storage.tsdb.path={folder}/data",
         "--web.enable-lifecycle",
+        # An alert that fires before Alertmanager was discovered is dropped, and by default comes again in a minute.
+        "--rules.alert.resend-delay=5s",
     )
     return Server("prometheus", (*own, *arguments), folder, port=port, ready="/-/ready")
 
