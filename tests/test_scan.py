@@ -71,6 +71,18 @@ def test_more_than_2_to_the_24_bad_elements_are_exact(kernel):
     assert counts(kernel([gradient])) == (2, numel - 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(deadline=None, max_examples=20)
+@given(bad_chunks=st.lists(st.sampled_from([1.0, 3e38, math.inf, -math.inf, math.nan]), min_size=33, max_size=33))
+def test_every_pattern_of_bad_chunks_is_exact(dtype, bad_chunks):
+    gradient = torch.ones(32 * CHUNK + 7, dtype=dtype)
+    for number, value in enumerate(bad_chunks):
+        gradient[number * CHUNK + 3 : number * CHUNK + 3 + number + 1 : 2] = value
+    found = scan_cpu([gradient])
+    assert counts(found) == expected_counts(gradient)
+    assert math.isfinite(found.norms[0]) == (0 not in found.bad)
+
+
 @conformance
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_every_float8_that_can_hold_a_nan_is_counted(kernel, dtype):
@@ -122,6 +134,13 @@ def test_a_healthy_scan_makes_no_large_temporary():
     with torch.profiler.profile(profile_memory=True) as profile:
         scan([gradient])
     assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
+
+
+def test_a_bad_scan_makes_no_temporary_above_a_byte_per_element_of_a_large_layer():
+    gradient = torch.tensor([math.nan, math.inf]).repeat(2**21)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        scan([gradient])
+    assert max(event.cpu_memory_usage for event in profile.events()) <= gradient.numel()
 
 
 def test_a_total_norm_is_nan_before_inf_before_finite():

@@ -12,7 +12,11 @@ from esper_telemetry.scan.layouts import flats, local_numel, materialize, widen
 from esper_telemetry.scan.result import Scan, total_norm
 
 CHUNK = 1 << 16
-"""Elements looked at together: their marks fit the L2 cache, and rows of this length keep every core reading."""
+"""Elements whose norm is taken together: rows of this length keep every core reading."""
+
+_RUN = 8
+"""Chunks that are counted together: fewer calls, and their marks still fit the caches. A large layer's marks take at
+most a byte per element, so a layer of few chunks counts fewer together."""
 
 _NORMED = frozenset({torch.float32, torch.float64, torch.bfloat16})
 """The dtypes whose norm torch computes at the speed of memory, in an accumulator that holds their range."""
@@ -93,19 +97,34 @@ def _inspect(tensor: Tensor, index: int, bad: dict[int, tuple[int, int]]) -> flo
     marks: Tensor | None = None
     inf_count = nan_count = 0
     norms = []
+    longest = min(_RUN, max(1, tensor.numel() // (4 * CHUNK)))
     for flat in flats(tensor):
-        for number, norm in enumerate(_chunk_norms(flat)):
-            if not math.isfinite(norm):
-                chunk = widen(flat[number * CHUNK : (number + 1) * CHUNK])
-                marks = torch.empty(min(CHUNK, tensor.numel())) if marks is None else marks
-                inf, nan = _count(chunk, norm, marks)
-                inf_count += inf
-                nan_count += nan
-                norm = norm if inf or nan else _scaled_norm(chunk)
-            norms.append(norm)
+        taken = _chunk_norms(flat)
+        for first, last, norm in _suspicious_runs(taken, longest):
+            run = widen(flat[first * CHUNK : last * CHUNK])
+            marks = torch.empty(min(longest * CHUNK, tensor.numel())) if marks is None else marks
+            inf, nan = _count(run, norm, marks)
+            inf_count += inf
+            nan_count += nan
+            taken[first:last] = [norm if inf or nan else _scaled_norm(run)] + [0.0] * (last - first - 1)
+        norms += taken
     if inf_count or nan_count:
         bad[index] = inf_count, nan_count
     return total_norm(norms)
+
+
+def _suspicious_runs(norms: list[float], longest: int) -> list[tuple[int, int, float]]:
+    """Find consecutive chunks whose norms are not finite: (first, one past the last, their sum)."""
+    runs: list[tuple[int, int, float]] = []
+    for number, norm in enumerate(norms):
+        if math.isfinite(norm):
+            continue
+        if runs and runs[-1][1] == number and number - runs[-1][0] < longest:
+            first, _, together = runs[-1]
+            runs[-1] = first, number + 1, together + norm
+        else:
+            runs.append((number, number + 1, norm))
+    return runs
 
 
 def _chunk_norms(flat: Tensor) -> list[float]:
@@ -119,26 +138,26 @@ def _chunk_norms(flat: Tensor) -> list[float]:
     return norms
 
 
-def _count(chunk: Tensor, norm: float, marks: Tensor) -> tuple[int, int]:
-    """Count (Inf, NaN) in a chunk whose norm is not finite, and stop where nothing can be left.
+def _count(run: Tensor, norm: float, marks: Tensor) -> tuple[int, int]:
+    """Count (Inf, NaN) in a run whose norm is not finite, and stop where nothing can be left.
 
     Squares are never negative, so their sum is NaN only where an element is. Marks are floats, not bools: torch
-    compares into and sums floats four times as fast, and a sum of 65,536 ones is exact in float32.
+    compares into and sums floats four times as fast, and a sum of 2^19 ones is exact in float32.
     """
-    if chunk.is_complex():
-        return int(torch.isinf(chunk).sum()), int(torch.isnan(chunk).sum())
-    marks = marks[: chunk.numel()]
-    nan = int(torch.ne(chunk, chunk, out=marks).sum()) if math.isnan(norm) else 0
+    if run.is_complex():
+        return int(torch.isinf(run).sum()), int(torch.isnan(run).sum())
+    marks = marks[: run.numel()]
+    nan = int(torch.ne(run, run, out=marks).sum()) if math.isnan(norm) else 0
     inf = 0
     for value in (math.inf, -math.inf):
-        if nan + inf < chunk.numel():
-            inf += int(torch.eq(chunk, value, out=marks).sum())
+        if nan + inf < run.numel():
+            inf += int(torch.eq(run, value, out=marks).sum())
     return inf, nan
 
 
-def _scaled_norm(chunk: Tensor) -> float:
+def _scaled_norm(run: Tensor) -> float:
     """Take the norm of finite elements whose squares do not fit their dtype."""
-    wide = chunk.to(torch.complex128 if chunk.is_complex() else torch.float64)
+    wide = run.to(torch.complex128 if run.is_complex() else torch.float64)
     largest = wide.abs().max()
     norm: float = (torch.linalg.vector_norm(wide / largest) * largest).item()
     return norm
