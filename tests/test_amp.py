@@ -40,6 +40,10 @@ def test_norms_are_what_the_optimizer_would_see():
     assert snapshot.grad_norm == pytest.approx(expected)
 
 
+def test_layers_do_not_explode_because_they_are_scaled():
+    assert Loop(init_scale=2.0**16).step().exploding_layers == 0
+
+
 def test_an_overflow_that_the_scaler_handles_is_a_skip_and_no_tier():
     loop = Loop(init_scale=2.0**16)
     loop.step()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esper_telemetry import aggregate_layer_gradient_health, collect_per_layer_gradients
-from esper_telemetry.scan import describe
+from esper_telemetry.scan import describe, scan, with_dead_and_exploding
+from tests.gradients import FLOAT8, gradients
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
@@ -51,6 +52,25 @@ def test_the_zeros_that_a_sparse_gradient_leaves_out_are_elements():
     assert stats.zero_fraction == 0.8
     assert stats.mean == pytest.approx(1.1)
     assert (stats.min, stats.max) == (0.0, 6.0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(gradient=gradients(), factor=st.sampled_from([0.0, 1.0, 8.0, 100.0]))
+def test_dead_and_exploding_layers_are_those_that_full_statistics_find(gradient, factor):
+    if gradient.dtype not in FLOAT8:
+        gradient = gradient * factor
+    found = with_dead_and_exploding(scan([None, gradient]), [None, gradient])
+    health = aggregate_layer_gradient_health([describe("layer", gradient)])
+    assert (found.dead_layers, found.exploding_layers) == (health.dead_layers, health.exploding_layers)
+
+
+@pytest.mark.parametrize("large", [10, 11])
+def test_a_layer_explodes_as_soon_as_a_tenth_of_it_is_large(large):
+    gradient = torch.zeros(100)
+    gradient[:large] = 10.001
+    found = with_dead_and_exploding(scan([gradient]), [gradient])
+    assert found.exploding_layers == (large > 10)
+    assert with_dead_and_exploding(scan([gradient / 8]), [gradient], scale=8.0).exploding_layers == 0
 
 
 def test_a_complex_gradient_is_described_by_magnitudes():

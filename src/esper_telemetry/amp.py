@@ -27,9 +27,12 @@ class AmpState:
     warm: bool
 
     def judge(self, found: Scan) -> Scan:
-        """Return what the optimizer would see: unscaled norms, and no bad element that the scaler handles."""
+        """Return what the optimizer would see: unscaled norms, and no bad element that the scaler handles.
+
+        Exploding layers counted before were counted among scaled elements, which says nothing.
+        """
         norms = [None if norm is None else norm / self.scale for norm in found.norms]
-        return replace(found, norms=norms, bad={} if self._explains_overflows() else found.bad)
+        return replace(found, norms=norms, bad={} if self._explains_overflows() else found.bad, exploding_layers=None)
 
     def _explains_overflows(self) -> bool:
         return self.scale >= MIN_SCALE and (self.consecutive_skips <= MAX_CONSECUTIVE_SKIPS or not self.warm)

@@ -12,7 +12,6 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +21,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from esper_telemetry.amp import AmpState, ScalerWatch
-from esper_telemetry.health import CRITICAL_ABOVE, HealthTier, aggregate_layer_gradient_health
+from esper_telemetry.health import CRITICAL_ABOVE, HealthTier
 from esper_telemetry.hooks import BackwardHooks
 from esper_telemetry.layers import Model, named_layers, named_modules
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts, worst_first
-from esper_telemetry.scan import ClipScan, PendingScan, Scan, Scanner, describe, total_norm
+from esper_telemetry.scan import ClipScan, PendingScan, Scan, Scanner, total_norm, with_dead_and_exploding
 from esper_telemetry.snapshot import RunInfo, Snapshot
 
 logger = logging.getLogger("esper_telemetry")
@@ -165,7 +164,7 @@ class GradientMonitor:
     def record_ppo_update(self, payload: PPOUpdatePayload) -> None:
         """Put a PPO update into the snapshot."""
         with self._lock:
-            self._snapshot = replace(self._snapshot, ppo=payload)
+            self._snapshot = self._snapshot.but(ppo=payload)
 
     def flush(self, timeout: float = 10.0) -> None:
         """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""
@@ -188,7 +187,7 @@ class GradientMonitor:
             for hook in self._step_hooks:
                 hook.remove()
             self._step_hooks.clear()
-            self._snapshot = replace(self._snapshot, ended=True)
+            self._snapshot = self._snapshot.but(ended=True)
 
     def _list_layers(self) -> None:
         modules = {prefix: module for prefix, ref in self._modules.items() if (module := ref()) is not None}
@@ -199,11 +198,12 @@ class GradientMonitor:
 
     def _gradients(self) -> list[Tensor | None]:
         """Return each layer's gradient; a module that replaced a parameter is listed anew."""
-        parameters = [reference() for reference in self._parameters]
-        if any(parameter is None for parameter in parameters):
+        try:
+            return [reference().grad for reference in self._parameters]  # type: ignore[union-attr]
+        except AttributeError:  # what is gone is None
             self._hooks.remove()
             self._list_layers()
-            parameters = [reference() for reference in self._parameters]
+        parameters = [reference() for reference in self._parameters]
         return [None if parameter is None else parameter.grad for parameter in parameters]
 
     def _update(self, measure: Measure) -> Snapshot:
@@ -235,9 +235,10 @@ class GradientMonitor:
         if isinstance(found, Scan):
             if self._launched:
                 self._settle(wait=True)
+            found = check.judge(found)
             trouble_begins = found.bad and not self._snapshot.layers
             if trouble_begins or self._snapshot.checks % self._statistics_every == 0:
-                found = self._with_statistics(found, gradients)
+                found = with_dead_and_exploding(found, gradients, 1.0 if amp is None else amp.scale)
             self._publish(found, check, started)
         else:
             self._launched.append((found, check.without_gradients()))
@@ -251,7 +252,7 @@ class GradientMonitor:
                     return
                 pending, check = self._launched.popleft()
                 started = time.perf_counter()
-                self._publish(pending.result(), check, started)
+                self._publish(check.judge(pending.result()), check, started)
             except Exception:
                 self._launched.clear()
                 self._fail("results were lost on their device")
@@ -260,14 +261,12 @@ class GradientMonitor:
         before = self._snapshot
         news: dict[str, Any] = {"layers": ()}
         if check.amp is not None:
-            found = check.amp.judge(found)
             news |= {"amp": check.amp, "skipped_updates": before.skipped_updates | {"amp": check.amp.skips}}
         if found.bad:
             news |= _bad_layers(before, found, check)
         if found.dead_layers is not None:
             news |= {"dead_layers": found.dead_layers, "exploding_layers": found.exploding_layers}
-        self._snapshot = replace(
-            before,
+        self._snapshot = before.but(
             checks=before.checks + 1,
             inf_grad_count=found.inf_count,
             nan_grad_count=found.nan_count,
@@ -280,11 +279,6 @@ class GradientMonitor:
             **news,
         )
         self._untold.append(self._snapshot)
-
-    def _with_statistics(self, found: Scan, gradients: Sequence[Tensor | None]) -> Scan:
-        layers = zip(self._names, gradients, strict=True)
-        health = aggregate_layer_gradient_health(describe(name, each) for name, each in layers if each is not None)
-        return replace(found, dead_layers=health.dead_layers, exploding_layers=health.exploding_layers)
 
     def _tell(self, snapshot: Snapshot) -> None:
         for listener in tuple(self._listeners):
@@ -319,7 +313,7 @@ class GradientMonitor:
         if self._snapshot.monitor_errors == 0:
             logger.exception("esper: %s; training goes on, and this is counted and not logged again", what)
         with self._lock:
-            self._snapshot = replace(self._snapshot, monitor_errors=self._snapshot.monitor_errors + 1)
+            self._snapshot = self._snapshot.but(monitor_errors=self._snapshot.monitor_errors + 1)
 
 
 class _Check(NamedTuple):
@@ -330,6 +324,10 @@ class _Check(NamedTuple):
     order: Sequence[int]
     timestamp: float
     amp: AmpState | None
+
+    def judge(self, found: Scan) -> Scan:
+        """Return what the optimizer would see."""
+        return found if self.amp is None else self.amp.judge(found)
 
     def without_gradients(self) -> _Check:
         """Keep the shapes alone, so that the gradients can be freed meanwhile."""

@@ -3,7 +3,7 @@
 from esper_telemetry.scan.clip import ClipScan
 from esper_telemetry.scan.dispatch import Scanner, scan
 from esper_telemetry.scan.result import PendingScan, Scan, total_norm
-from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe
+from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe, with_dead_and_exploding
 
 __all__ = [
     "ClipScan",
@@ -14,4 +14,5 @@ __all__ = [
     "describe",
     "scan",
     "total_norm",
+    "with_dead_and_exploding",
 ]

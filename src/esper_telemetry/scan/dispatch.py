@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("esper_telemetry")
 
+_IS_CPU = attrgetter("is_cpu")
+
 
 def scan(gradients: Sequence[Tensor | None]) -> Scan:
     """Count the Inf and NaN elements of every gradient exactly, and take its L2 norm.
@@ -27,9 +30,7 @@ def scan(gradients: Sequence[Tensor | None]) -> Scan:
     once; only what is bad is counted element by element. A complex element with an Inf and a NaN part is in both
     counts, as in `torch.isinf` and `torch.isnan`. Of a DTensor the local shard is looked at. None is passed over.
     """
-    if all(gradient is None or gradient.is_cpu for gradient in gradients):
-        return scan_cpu(gradients)
-    return scan_device(gradients)
+    return scan_cpu(gradients) if _on_cpu(gradients) else scan_device(gradients)
 
 
 class Scanner:
@@ -40,7 +41,7 @@ class Scanner:
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
         """Return the scan, or what will be one; raise RuntimeError while a CUDA graph is captured."""
-        if all(gradient is None or gradient.is_cpu for gradient in gradients):
+        if _on_cpu(gradients):
             return scan_cpu(gradients)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("gradients cannot be measured while a CUDA graph is captured")
@@ -51,6 +52,10 @@ class Scanner:
 
             self._cuda = CudaScanner()
         return self._cuda.launch(gradients)
+
+
+def _on_cpu(gradients: Sequence[Tensor | None]) -> bool:
+    return all(map(_IS_CPU, [gradient for gradient in gradients if gradient is not None]))
 
 
 def _suits_kernel(gradient: Tensor) -> bool:

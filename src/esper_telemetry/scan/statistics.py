@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from esper_telemetry.health import LayerGradientStats
+from esper_telemetry.health import DEAD_ZERO_FRACTION, EXPLODING_LARGE_FRACTION, LayerGradientStats
 from esper_telemetry.layers import Model, named_layers
 from esper_telemetry.scan.layouts import flats, local_numel, materialize, widen
+from esper_telemetry.scan.result import Scan
 
 SMALL = 1e-6
 LARGE = 10.0
@@ -40,6 +42,32 @@ def describe(layer_name: str, gradient: Tensor) -> LayerGradientStats:
             moments.add_chunk(widen(chunk))
     moments.add_zeros(numel - stored.numel())
     return moments.stats(layer_name, numel)
+
+
+def with_dead_and_exploding(found: Scan, gradients: Sequence[Tensor | None], scale: float = 1.0) -> Scan:
+    """Return the scan with its dead and exploding layers, counted in one more read of the gradients.
+
+    scale: what the elements were multiplied by, and have to be divided by before "large" means anything.
+    """
+    dead = exploding = 0
+    for gradient, norm in zip(gradients, found.norms, strict=True):
+        if gradient is not None and norm is not None:
+            dead += _is_dead(gradient)
+            if _can_explode(gradient, norm):
+                exploding += describe("", gradient if scale == 1.0 else gradient / scale).exploding
+    return replace(found, dead_layers=dead, exploding_layers=exploding)
+
+
+def _is_dead(gradient: Tensor) -> bool:
+    stored, numel = materialize(gradient), local_numel(gradient)
+    if stored.dtype.itemsize == 1:
+        return describe("", gradient).dead  # torch counts no zeros in float8
+    return numel > 0 and (numel - int(torch.count_nonzero(stored))) / numel > DEAD_ZERO_FRACTION
+
+
+def _can_explode(gradient: Tensor, norm: float) -> bool:
+    """Tell whether enough elements could be large: so many would make the norm large too."""
+    return not norm < 0.99 * LARGE * math.sqrt(EXPLODING_LARGE_FRACTION * local_numel(gradient))
 
 
 @dataclass(slots=True)
