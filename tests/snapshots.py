@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from esper_telemetry.amp import AmpState
+from esper_telemetry.heads import WatchedHeads
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts
 from esper_telemetry.snapshot import RunInfo, Snapshot
@@ -39,6 +40,7 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         timestamp=timestamp,
         layer_names=("policy.weight", "policy.bias", "frozen"),
         layer_norms=(float("inf") if inf else float("nan"), 0.5, None),
+        watched_heads=WatchedHeads({"policy": ("policy",), "value": ("frozen",)}).after(layers),
         dead_layers=1,
         exploding_layers=0,
         inf=before.inf.after(inf, timestamp, "policy.weight"),

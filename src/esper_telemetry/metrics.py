@@ -82,6 +82,14 @@ ORIGIN_LAYER = _gauge(
     "Layer nearest the loss that held that kind in the last check that found it: where it began.",
     labels=("layer", "kind"),
 )
+HEAD_GRAD_NORM = _gauge(
+    "esper_head_grad_norm", "L2 norm of the head's gradient before clipping; NaN until measured.", labels=("head",)
+)
+HEAD_NONFINITE_LATCHED = _gauge(
+    "esper_head_nonfinite_latched",
+    "1 when any check of this run found that kind in the head.",
+    labels=("head", "kind"),
+)
 SKIPPED_UPDATES = _counter(
     "esper_skipped_updates_total", "Optimizer steps that were not taken, by reason.", "{update}", ("reason",)
 )

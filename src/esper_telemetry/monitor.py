@@ -11,7 +11,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from esper_telemetry.amp import AmpState, ScalerWatch
+from esper_telemetry.amp import AmpReading, ScalerWatch
+from esper_telemetry.heads import WatchedHeads
 from esper_telemetry.health import CRITICAL_ABOVE, HealthTier
 from esper_telemetry.hooks import BackwardHooks
 from esper_telemetry.layers import Model, named_layers, named_modules
@@ -36,6 +37,8 @@ POLICIES = ("continue", "skip", "halt")
 Measure = Callable[[Sequence[Tensor | None]], Scan | PendingScan]
 
 Policy = str | Callable[[Snapshot], str | None]
+
+Heads = Mapping[str, str | Sequence[str]]
 
 
 class GradientsCritical(RuntimeError):
@@ -58,12 +61,16 @@ class GradientMonitor:
     model: a Module, or a dict name -> Module whose names become prefixes of the layer names. It is not kept alive.
     optimizer: one or several, needed by `on_critical="skip"`.
     scaler: the GradScaler of the loop. Counts and norms are then of what the optimizer would see: overflows that the
-        scaler handles are skipped updates and not bad checks, until they stop being explained. Measure before
-        `unscale_()`. Following the scaler reads its scale, which waits for a CUDA device.
+        scaler handles are skipped updates and not bad checks, until they stop being explained: by the scale falling
+        below 1, or by a streak of more than max_amp_skips. Where several optimizers share the scaler, give them too.
+    max_amp_skips: steps in a row that the scaler may skip, once it has taken one.
+    heads: head -> name of its module, or a list of names (`{"policy": "action_net", "value": "value_net"}`): each has
+        a norm of its own in `snapshot.heads`, and remembers until the end of the run what was found in it.
     on_critical: what to do when a check finds more than 5 elements of one kind. "continue"; "skip": the optimizer
         steps until the next check change neither parameters nor optimizer state; "halt": raise GradientsCritical
         from the call that measured; or a callable that is given the snapshot and returns one of these or None. What
         the callable raises reaches the training loop.
+    patience: do it only after that many critical checks in a row, and from then on until a check is not critical.
     statistics_every: checks between two refreshes of dead and exploding layers; a bad check that follows a good one
         refreshes them at once.
     recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
@@ -79,28 +86,34 @@ class GradientMonitor:
         *,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: GradScaler | None = None,
+        heads: Heads | None = None,
         on_critical: Policy = "continue",
+        patience: int = 1,
         statistics_every: int = 100,
         recent_window_seconds: float = 120.0,
         before_check: Callable[[int], None] | None = None,
         run_id: str | None = None,
     ) -> None:
         optimizers = _optimizers(optimizer)
-        _check_options(on_critical, optimizers, statistics_every, recent_window_seconds)
+        _check_options(on_critical, patience, optimizers, statistics_every, recent_window_seconds)
         self._modules = {prefix: weakref.ref(module) for prefix, module in named_modules(model).items()}
+        watched_heads = WatchedHeads.of(heads, (name for name, _ in named_layers(model))) if heads else None
         self._on_critical = on_critical
+        self._patience = patience
         self._statistics_every = statistics_every
         self._before_check = before_check
         self._on_backward_end: Callable[[], None] | None = None
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._lock = threading.RLock()
         self._scan = Scanner()
-        self._amp = ScalerWatch.of(scaler)
+        self._watch_scaler = partial(ScalerWatch.of, optimizers=optimizers, max_skips=max_amp_skips)
+        self._amp = self._watch_scaler(scaler)
         self._launched: deque[tuple[PendingScan, _Check]] = deque()
         self._untold: list[Snapshot] = []
         self._seconds = 0.0
         self._dropping = False
-        self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds))
+        self._critical_in_a_row = 0
+        self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds), watched_heads)
         self._list_layers()
         self._step_hooks = [each.register_step_pre_hook(self._before_step) for each in optimizers]
 
@@ -229,8 +242,10 @@ class GradientMonitor:
         if self._before_check is not None:
             self._before_check(self._snapshot.checks + len(self._launched) + 1)
         gradients = self._gradients()
+        amp = None if self._amp is None else self._amp.read(gradients, self._parameters)
+        if amp is not None:
+            gradients = amp.gradients
         found = measure(gradients)
-        amp = self._amp.follow() if self._amp is not None else None
         check = _Check(self._names, gradients, self._hooks.take_order(), time.time(), amp)
         if isinstance(found, Scan):
             if self._launched:
@@ -238,7 +253,7 @@ class GradientMonitor:
             found = check.judge(found)
             trouble_begins = found.bad and not self._snapshot.layers
             if trouble_begins or self._snapshot.checks % self._statistics_every == 0:
-                found = with_dead_and_exploding(found, gradients, 1.0 if amp is None else amp.scale)
+                found = with_dead_and_exploding(found, gradients, None if amp is None else amp.scales)
             self._publish(found, check, started)
         else:
             self._launched.append((found, check.without_gradients()))
@@ -261,7 +276,7 @@ class GradientMonitor:
         before = self._snapshot
         news: dict[str, Any] = {"layers": ()}
         if check.amp is not None:
-            news |= {"amp": check.amp, "skipped_updates": before.skipped_updates | {"amp": check.amp.skips}}
+            news |= _amp_news(before, check.amp.state)
         if found.bad:
             news |= _bad_layers(before, found, check)
         if found.dead_layers is not None:
@@ -290,6 +305,10 @@ class GradientMonitor:
     def _react(self, snapshot: Snapshot) -> None:
         self._dropping = False
         if snapshot.tier is not HealthTier.CRITICAL:
+            self._critical_in_a_row = 0
+            return
+        self._critical_in_a_row += 1
+        if self._critical_in_a_row < self._patience:
             return
         policy = self._on_critical(snapshot) if callable(self._on_critical) else self._on_critical
         self._dropping = policy == "skip"
@@ -323,7 +342,7 @@ class _Check(NamedTuple):
     gradients: Sequence[Tensor | torch.Size | None]
     order: Sequence[int]
     timestamp: float
-    amp: AmpState | None
+    amp: AmpReading | None
 
     def judge(self, found: Scan) -> Scan:
         """Return what the optimizer would see."""
@@ -348,6 +367,7 @@ def _bad_layers(before: Snapshot, found: Scan, check: _Check) -> dict[str, Any]:
     return {
         "layers": layers,
         "origin_layer": names[by_arrival[0]],
+        "watched_heads": before.watched_heads and before.watched_heads.after(layers),
         "inf": before.inf.after(found.inf_count, check.timestamp, inf_origin),
         "nan": before.nan.after(found.nan_count, check.timestamp, nan_origin),
         "recent": before.recent.after(time.monotonic(), layers, sum(1 << index for index in found.bad)),
@@ -359,7 +379,9 @@ def watch(
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     scaler: GradScaler | None = None,
+    heads: Heads | None = None,
     on_critical: Policy = "continue",
+    patience: int = 1,
     statistics_every: int = 100,
     recent_window_seconds: float = 120.0,
     before_check: Callable[[int], None] | None = None,
@@ -370,7 +392,9 @@ def watch(
         model,
         optimizer=optimizer,
         scaler=scaler,
+        heads=heads,
         on_critical=on_critical,
+        patience=patience,
         statistics_every=statistics_every,
         recent_window_seconds=recent_window_seconds,
         before_check=before_check,
@@ -395,12 +419,18 @@ def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optim
 
 
 def _check_options(
-    on_critical: Policy, optimizers: list[Optimizer], statistics_every: int, recent_window_seconds: float
+    on_critical: Policy,
+    patience: int,
+    optimizers: list[Optimizer],
+    statistics_every: int,
+    recent_window_seconds: float,
 ) -> None:
     if not callable(on_critical) and on_critical not in POLICIES:
         raise ValueError(f"on_critical: expected one of {', '.join(POLICIES)} or a callable, got {on_critical!r}")
     if on_critical == "skip" and not optimizers:
         raise ValueError("on_critical: 'skip' expects optimizer=, whose steps it drops, and none was given")
+    if patience < 1:
+        raise ValueError(f"patience: expected at least 1, got {patience}")
     if statistics_every < 1:
         raise ValueError(f"statistics_every: expected at least 1, got {statistics_every}")
     if not 0 < recent_window_seconds < math.inf:

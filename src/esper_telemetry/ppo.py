@@ -27,6 +27,7 @@ except ImportError as error:
 ROLLOUT_STEPS = 32
 BATCH_SIZE = 8
 EPOCHS = 10
+HEADS = {"policy": "action_net", "value": "value_net"}
 _CHECKS_PER_UPDATE = EPOCHS * math.ceil(ROLLOUT_STEPS / BATCH_SIZE)
 
 
@@ -151,6 +152,7 @@ class PPOJob:
         return watch(
             policy,
             optimizer=policy.optimizer,
+            heads=HEADS,
             on_critical=self._options.on_critical,
             before_check=self._injector if self._options.inject else None,
         )

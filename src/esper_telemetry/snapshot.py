@@ -11,6 +11,7 @@ from esper_telemetry.recent import LayerCounts, RecentWindow
 
 if TYPE_CHECKING:
     from esper_telemetry.amp import AmpState
+    from esper_telemetry.heads import Head, WatchedHeads
     from esper_telemetry.payload import PPOUpdatePayload
 
 
@@ -62,6 +63,7 @@ class Snapshot:
     origin_layer: of the last bad check the bad layer that gradients reached first, the one nearest the loss.
     timestamp: unix time of the last check.
     layer_names, layer_norms: all layers, and the norm of each at the last check (None: it had no gradient).
+    watched_heads: which layers are in which head; `heads` reads them.
     dead_layers, exploding_layers: as of the last full statistics, which have a slower cadence than checks.
     amp: the GradScaler's state at the last check, None where none is watched.
     monitor_seconds: time spent measuring so far.
@@ -78,6 +80,7 @@ class Snapshot:
     timestamp: float | None
     layer_names: Sequence[str]
     layer_norms: Sequence[float | None]
+    watched_heads: WatchedHeads | None
     dead_layers: int | None
     exploding_layers: int | None
     inf: KindHistory
@@ -91,7 +94,9 @@ class Snapshot:
     ended: bool
 
     @classmethod
-    def before_first_check(cls, run: RunInfo, recent_window_seconds: float) -> Snapshot:
+    def before_first_check(
+        cls, run: RunInfo, recent_window_seconds: float, watched_heads: WatchedHeads | None = None
+    ) -> Snapshot:
         """Build what is known before anything was measured."""
         nothing = KindHistory(0, 0, 0, None, None)
         return cls(
@@ -106,6 +111,7 @@ class Snapshot:
             timestamp=None,
             layer_names=(),
             layer_norms=(),
+            watched_heads=watched_heads,
             dead_layers=None,
             exploding_layers=None,
             inf=nothing,
@@ -123,6 +129,13 @@ class Snapshot:
     def tier(self) -> HealthTier:
         """Return the tier of the last check, the worse of its two kinds."""
         return HealthTier.of(max(self.inf_grad_count, self.nan_grad_count))
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """Return the heads by name, each with its norm at the last check and what was ever found in it."""
+        if self.watched_heads is None:
+            return {}
+        return self.watched_heads.read(self.layer_names, self.layer_norms)
 
     @property
     def nonfinite_checks(self) -> Mapping[tuple[str, str], int]:

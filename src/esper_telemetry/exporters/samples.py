@@ -37,6 +37,7 @@ def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sampl
     yield from _counts(snapshot, time.monotonic() if now is None else now)
     yield from _history(snapshot)
     yield from _layer_norms(snapshot)
+    yield from _heads(snapshot)
     yield from _ppo(snapshot)
     yield from _run(snapshot)
 
@@ -81,6 +82,13 @@ def _layer_norms(snapshot: Snapshot) -> Iterator[Sample]:
     ]
     for norm, name in heapq.nlargest(MAX_LAYERS, measured, key=lambda layer: (math.isnan(layer[0]), layer)):
         yield Sample(metrics.LAYER_GRAD_NORM, (name,), norm)
+
+
+def _heads(snapshot: Snapshot) -> Iterator[Sample]:
+    for name, head in snapshot.heads.items():
+        yield Sample(metrics.HEAD_GRAD_NORM, (name,), _or_nan(head.norm))
+        yield Sample(metrics.HEAD_NONFINITE_LATCHED, (name, "inf"), head.inf_latched)
+        yield Sample(metrics.HEAD_NONFINITE_LATCHED, (name, "nan"), head.nan_latched)
 
 
 def _ppo(snapshot: Snapshot) -> Iterator[Sample]:
