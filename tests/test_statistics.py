@@ -70,7 +70,7 @@ def test_a_layer_explodes_as_soon_as_a_tenth_of_it_is_large(large):
     gradient[:large] = 10.001
     found = with_dead_and_exploding(scan([gradient]), [gradient])
     assert found.exploding_layers == (large > 10)
-    assert with_dead_and_exploding(scan([gradient / 8]), [gradient], scale=8.0).exploding_layers == 0
+    assert with_dead_and_exploding(scan([gradient / 8]), [gradient], scales=[8.0]).exploding_layers == 0
 
 
 def test_a_complex_gradient_is_described_by_magnitudes():

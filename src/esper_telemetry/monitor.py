@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from esper_telemetry.amp import AmpReading, ScalerWatch
+from esper_telemetry.amp import AmpReading, AmpState, ScalerWatch
 from esper_telemetry.heads import WatchedHeads
 from esper_telemetry.health import CRITICAL_ABOVE, HealthTier
-from esper_telemetry.hooks import BackwardHooks
+from esper_telemetry.hooks import BackwardHooks, by_arrival
 from esper_telemetry.layers import Model, named_layers, named_modules
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts, worst_first
+from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import ClipScan, PendingScan, Scan, Scanner, total_norm, with_dead_and_exploding
 from esper_telemetry.snapshot import RunInfo, Snapshot
 
@@ -75,9 +76,12 @@ class GradientMonitor:
         refreshes them at once.
     recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
     before_check: called with the number of the check to come; for fault injection.
+    record_dir: a folder; the first bad check of each episode of trouble is recorded in a file there, before the
+        optimizer steps: the checks before it, and where the bad elements are. `esper report FILE` shows it. Set
+        `batch_id` before the backward pass to have it recorded too.
     run_id: names the run; made up when it is not given.
 
-    Raise ValueError when an argument is not one of these.
+    Raise ValueError when an argument is not one of these, and OSError when the folder cannot be written.
     """
 
     def __init__(
@@ -86,16 +90,18 @@ class GradientMonitor:
         *,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: GradScaler | None = None,
+        max_amp_skips: int = 8,
         heads: Heads | None = None,
         on_critical: Policy = "continue",
         patience: int = 1,
         statistics_every: int = 100,
         recent_window_seconds: float = 120.0,
         before_check: Callable[[int], None] | None = None,
+        record_dir: str | os.PathLike[str] | None = None,
         run_id: str | None = None,
     ) -> None:
         optimizers = _optimizers(optimizer)
-        _check_options(on_critical, patience, optimizers, statistics_every, recent_window_seconds)
+        _check_options(on_critical, patience, optimizers, max_amp_skips, statistics_every, recent_window_seconds)
         self._modules = {prefix: weakref.ref(module) for prefix, module in named_modules(model).items()}
         watched_heads = WatchedHeads.of(heads, (name for name, _ in named_layers(model))) if heads else None
         self._on_critical = on_critical
@@ -114,6 +120,10 @@ class GradientMonitor:
         self._dropping = False
         self._critical_in_a_row = 0
         self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds), watched_heads)
+        self.batch_id: BatchId = None
+        self._recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._fail)
+        if self._recorder is not None:
+            self.on_check(self._recorder.see)
         self._list_layers()
         self._step_hooks = [each.register_step_pre_hook(self._before_step) for each in optimizers]
 
@@ -127,15 +137,20 @@ class GradientMonitor:
                 self._lock.release()
         return self._snapshot
 
-    def update(self) -> Snapshot:
+    def update(self, *, scaler: GradScaler | None = None) -> Snapshot:
         """Measure every `.grad` now and return the new snapshot.
+
+        scaler: the GradScaler of the loop, where it was not given before. `unscale_()` may come before or after.
 
         Gradients on CUDA devices are measured in the order of the stream, and nobody waits: a result is published by
         the first later `update()`, `snapshot` or `flush()` that finds it there, and listeners are told by `update()`
         and `flush()`. An `on_critical` other than "continue" needs the answer before the optimizer steps, and waits.
 
-        Raise only GradientsCritical, when `on_critical` says "halt", and what a callable `on_critical` raises.
+        Raise only GradientsCritical, when `on_critical` says "halt", and what a callable `on_critical` raises; and
+        ValueError for a scaler that is none or not the one that is followed already.
         """
+        if scaler is not None and (self._amp is None or scaler is not self._amp.scaler):
+            self._follow(scaler)
         return self._update(self._scan)
 
     def clip_grad_norm_(
@@ -195,12 +210,27 @@ class GradientMonitor:
     def close(self) -> None:
         """Remove every hook and mark the snapshot as the run's last; a second call does nothing."""
         self.flush()
+        if self._recorder is not None:
+            self._recorder.close()
         with self._lock:
             self._hooks.remove()
             for hook in self._step_hooks:
                 hook.remove()
             self._step_hooks.clear()
+            if self._amp is not None and not self._snapshot.ended:
+                self._see_last_step(self._amp)
             self._snapshot = self._snapshot.but(ended=True)
+
+    def _see_last_step(self, amp: ScalerWatch) -> None:
+        try:
+            self._snapshot = self._snapshot.but(**_amp_news(self._snapshot, amp.look()))
+        except Exception:
+            self._fail("the scaler could not be read")
+
+    def _follow(self, scaler: GradScaler) -> None:
+        if self._amp is not None:
+            raise ValueError("scaler: expected the GradScaler that this monitor follows already, got another")
+        self._amp = self._watch_scaler(scaler)
 
     def _list_layers(self) -> None:
         modules = {prefix: module for prefix, ref in self._modules.items() if (module := ref()) is not None}
@@ -241,10 +271,10 @@ class GradientMonitor:
     def _check(self, started: float, measure: Measure) -> None:
         if self._before_check is not None:
             self._before_check(self._snapshot.checks + len(self._launched) + 1)
-        gradients = self._gradients()
-        amp = None if self._amp is None else self._amp.read(gradients, self._parameters)
-        if amp is not None:
-            gradients = amp.gradients
+        gradients: Sequence[Tensor | None] = self._gradients()
+        amp = None
+        if self._amp is not None:
+            gradients, amp = self._amp.read(gradients, self._parameters)
         found = measure(gradients)
         check = _Check(self._names, gradients, self._hooks.take_order(), time.time(), amp)
         if isinstance(found, Scan):
@@ -258,6 +288,9 @@ class GradientMonitor:
         else:
             self._launched.append((found, check.without_gradients()))
             self._settle(wait=self._on_critical != "continue")
+        if self._recorder is not None:
+            number = self._snapshot.checks + len(self._launched)
+            self._recorder.note(number, self.batch_id, check.order, check.names, gradients, self._snapshot)
 
     def _settle(self, wait: bool = False) -> None:
         """Publish launched checks in their order, as far as their results are there."""
@@ -354,6 +387,10 @@ class _Check(NamedTuple):
         return self._replace(gradients=shapes)
 
 
+def _amp_news(before: Snapshot, state: AmpState) -> dict[str, Any]:
+    return {"amp": state, "skipped_updates": before.skipped_updates | {"amp": state.skips}}
+
+
 def _bad_layers(before: Snapshot, found: Scan, check: _Check) -> dict[str, Any]:
     names = check.names
     layers = worst_first(
@@ -361,12 +398,12 @@ def _bad_layers(before: Snapshot, found: Scan, check: _Check) -> dict[str, Any]:
         for index, (inf, nan) in found.bad.items()
         if (gradient := check.gradients[index]) is not None
     )
-    by_arrival = _by_arrival(found.bad, check.order)
-    inf_origin = next((names[index] for index in by_arrival if found.bad[index][0]), None)
-    nan_origin = next((names[index] for index in by_arrival if found.bad[index][1]), None)
+    arrived = by_arrival(found.bad, check.order)
+    inf_origin = next((names[index] for index in arrived if found.bad[index][0]), None)
+    nan_origin = next((names[index] for index in arrived if found.bad[index][1]), None)
     return {
         "layers": layers,
-        "origin_layer": names[by_arrival[0]],
+        "origin_layer": names[arrived[0]],
         "watched_heads": before.watched_heads and before.watched_heads.after(layers),
         "inf": before.inf.after(found.inf_count, check.timestamp, inf_origin),
         "nan": before.nan.after(found.nan_count, check.timestamp, nan_origin),
@@ -379,12 +416,14 @@ def watch(
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     scaler: GradScaler | None = None,
+    max_amp_skips: int = 8,
     heads: Heads | None = None,
     on_critical: Policy = "continue",
     patience: int = 1,
     statistics_every: int = 100,
     recent_window_seconds: float = 120.0,
     before_check: Callable[[int], None] | None = None,
+    record_dir: str | os.PathLike[str] | None = None,
     run_id: str | None = None,
 ) -> GradientMonitor:
     """Return a GradientMonitor that measures by itself at the end of each backward pass, before anything clips."""
@@ -392,22 +431,18 @@ def watch(
         model,
         optimizer=optimizer,
         scaler=scaler,
+        max_amp_skips=max_amp_skips,
         heads=heads,
         on_critical=on_critical,
         patience=patience,
         statistics_every=statistics_every,
         recent_window_seconds=recent_window_seconds,
         before_check=before_check,
+        record_dir=record_dir,
         run_id=run_id,
     )
     monitor.check_after_backward()
     return monitor
-
-
-def _by_arrival(bad: Iterable[int], order: Sequence[int]) -> list[int]:
-    """Sort bad layers, first the one that gradients reached first; unhooked ones last, the last registered first."""
-    place = {index: position for position, index in enumerate(order)}
-    return sorted(bad, key=lambda index: (place.get(index, math.inf), -index))
 
 
 def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
@@ -422,6 +457,7 @@ def _check_options(
     on_critical: Policy,
     patience: int,
     optimizers: list[Optimizer],
+    max_amp_skips: int,
     statistics_every: int,
     recent_window_seconds: float,
 ) -> None:
@@ -431,6 +467,8 @@ def _check_options(
         raise ValueError("on_critical: 'skip' expects optimizer=, whose steps it drops, and none was given")
     if patience < 1:
         raise ValueError(f"patience: expected at least 1, got {patience}")
+    if max_amp_skips < 0:
+        raise ValueError(f"max_amp_skips: expected at least 0, got {max_amp_skips}")
     if statistics_every < 1:
         raise ValueError(f"statistics_every: expected at least 1, got {statistics_every}")
     if not 0 < recent_window_seconds < math.inf:

@@ -44,13 +44,16 @@ def describe(layer_name: str, gradient: Tensor) -> LayerGradientStats:
     return moments.stats(layer_name, numel)
 
 
-def with_dead_and_exploding(found: Scan, gradients: Sequence[Tensor | None], scale: float = 1.0) -> Scan:
+def with_dead_and_exploding(
+    found: Scan, gradients: Sequence[Tensor | None], scales: Sequence[float] | None = None
+) -> Scan:
     """Return the scan with its dead and exploding layers, counted in one more read of the gradients.
 
-    scale: what the elements were multiplied by, and have to be divided by before "large" means anything.
+    scales: what each gradient was multiplied by, and has to be divided by before "large" means anything.
     """
     dead = exploding = 0
-    for gradient, norm in zip(gradients, found.norms, strict=True):
+    scales = [1.0] * len(gradients) if scales is None else scales
+    for gradient, norm, scale in zip(gradients, found.norms, scales, strict=True):
         if gradient is not None and norm is not None:
             dead += _is_dead(gradient)
             if _can_explode(gradient, norm):
