@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -53,6 +54,12 @@ class BackwardHooks:
             self._graph_task = graph_task
             engine = cast(Any, torch.autograd.Variable)._execution_engine
             engine.queue_callback(self._on_end)
+
+
+def by_arrival(layers: Iterable[int], order: Sequence[int]) -> list[int]:
+    """Sort layers, first the one that gradients reached first; unhooked ones last, the last registered first."""
+    place = {index: position for position, index in enumerate(order)}
+    return sorted(layers, key=lambda index: (place.get(index, math.inf), -index))
 
 
 def _register(parameter: Parameter, hook: Callable[[torch.Tensor], None]) -> Callable[[], None]:

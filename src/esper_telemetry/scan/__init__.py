@@ -2,16 +2,19 @@
 
 from esper_telemetry.scan.clip import ClipScan
 from esper_telemetry.scan.dispatch import Scanner, scan
+from esper_telemetry.scan.elements import BadElement, first_bad_elements
 from esper_telemetry.scan.result import PendingScan, Scan, total_norm
 from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe, with_dead_and_exploding
 
 __all__ = [
+    "BadElement",
     "ClipScan",
     "PendingScan",
     "Scan",
     "Scanner",
     "collect_per_layer_gradients",
     "describe",
+    "first_bad_elements",
     "scan",
     "total_norm",
     "with_dead_and_exploding",
