@@ -1,0 +1,1 @@
+"""The dashboard: built by code, committed as JSON, provisioned into Grafana."""

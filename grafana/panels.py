@@ -1,0 +1,207 @@
+"""Short ways to a panel of each kind, all on the chosen data source, with a unit and a word on what is normal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from grafana_foundation_sdk.builders import common as common_builders
+from grafana_foundation_sdk.builders import dashboard as dashboard_builders
+from grafana_foundation_sdk.builders import prometheus, stat, statetimeline, table, timeseries
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.models import common, dashboard
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
+CALM = "text"
+GREY = "#6e7077"
+RED = "red"
+ORANGE = "orange"
+NONE = "none"  # Grafana's unit of plain numbers and of words
+
+_PLACES = {"bottom": common.LegendPlacement.BOTTOM, "right": common.LegendPlacement.RIGHT}
+
+Query: TypeAlias = prometheus.Dataquery
+Panel: TypeAlias = Builder[dashboard.Panel]
+Step: TypeAlias = tuple[float | None, str]
+Words: TypeAlias = Mapping[str, tuple[str, str | None]]
+"""Value -> the word to show for it and its colour."""
+
+
+def query(expression: str, legend: str = "", ref: str = "A") -> Query:
+    """Ask for values over the shown time."""
+    return prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(ref).range().datasource(SOURCE)
+
+
+def now(expression: str, legend: str = "", ref: str = "A") -> Query:
+    """Ask for the values at the end of the shown time."""
+    return prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(ref).instant().datasource(SOURCE)
+
+
+def cells(expression: str, ref: str) -> Query:
+    """Ask for the values at the end of the shown time, as rows of a table."""
+    return now(expression, ref=ref).format(PromQueryFormat.TABLE)
+
+
+def number(
+    title: str,
+    description: str,
+    *queries: Query,
+    unit: str = NONE,
+    steps: Iterable[Step] = ((None, CALM),),
+    words: Words | None = None,
+    no_value: str = "no data",
+    fill: bool = False,
+    name: bool = False,
+    size: int | None = None,
+) -> stat.Panel:
+    """Show the last value in large type.
+
+    steps: colours from a value upwards. fill: colour the tile instead of the text. name: show the series' name too.
+    """
+    panel = stat.Panel().graph_mode(common.BigValueGraphMode.NONE).justify_mode(common.BigValueJustifyMode.CENTER)
+    panel = _dress(panel, title, description, queries, unit, no_value, words).thresholds(_thresholds(steps))
+    panel = panel.color_mode(common.BigValueColorMode.BACKGROUND_SOLID if fill else common.BigValueColorMode.VALUE)
+    panel = panel.text_mode(common.BigValueTextMode.VALUE_AND_NAME if name else common.BigValueTextMode.VALUE)
+    panel = panel.reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]).values(False).fields(""))
+    if size:
+        panel = panel.text(common_builders.VizTextDisplayOptions().value_size(size).title_size(size))
+    return panel
+
+
+def graph(
+    title: str,
+    description: str,
+    *queries: Query,
+    unit: str = NONE,
+    marks: Iterable[Step] = (),
+    bars: bool = False,
+    log: int | None = None,
+    legend: str = "bottom",
+    no_value: str = "no data",
+) -> timeseries.Panel:
+    """Draw values over time; `marks` are dashed lines at values that mean something."""
+    panel = _dress(timeseries.Panel(), title, description, queries, unit, no_value)
+    panel = panel.show_points(common.VisibilityMode.AUTO).span_nulls(False).line_width(1)
+    panel = panel.fill_opacity(70 if bars else 8).min(0) if log is None else panel.fill_opacity(0)
+    panel = panel.draw_style(common.GraphDrawStyle.BARS if bars else common.GraphDrawStyle.LINE)
+    panel = panel.legend(_legend(_PLACES[legend])).tooltip(_tooltip())
+    if bars:
+        stacked = common_builders.StackingConfig().mode(common.StackingMode.NORMAL).group("A")
+        panel = panel.stacking(stacked).interval("1m")  # so that $__rate_interval shows a check in one bar, or two
+    if log is not None:
+        scale = common_builders.ScaleDistributionConfig().type(common.ScaleDistribution.LOG).log(log)
+        panel = panel.scale_distribution(scale)
+    if steps := tuple(marks):
+        dashed = common_builders.GraphThresholdsStyleConfig().mode(common.GraphTresholdsStyleMode.DASHED)
+        panel = panel.thresholds(_thresholds(((None, "transparent"), *steps))).thresholds_style(dashed)
+    return panel
+
+
+def timeline(
+    title: str, description: str, *queries: Query, words: Words, no_value: str = "no data"
+) -> statetimeline.Panel:
+    """Draw states over time, one line each; every word carries its colour, so that equal states can be merged."""
+    panel = _dress(statetimeline.Panel(), title, description, queries, NONE, no_value, words)
+    panel = panel.show_value(common.VisibilityMode.AUTO).merge_values(True).row_height(0.85).fill_opacity(90)
+    panel = panel.color_scheme(_colours(dashboard.FieldColorModeId.PALETTE_CLASSIC)).max_data_points(400)
+    return panel.legend(_legend(common.LegendPlacement.BOTTOM, show=False)).tooltip(_tooltip())
+
+
+def listing(
+    title: str,
+    description: str,
+    *queries: Query,
+    columns: Mapping[str, str],
+    first: str,
+    no_value: str,
+    descending: bool = True,
+) -> table.Panel:
+    """Show one row per label set, sorted by the column `first`; `columns` names what is shown, in that order."""
+    panel = _dress(table.Panel(), title, description, queries, NONE, no_value)
+    panel = panel.with_transformation(dashboard.DataTransformerConfig(id_val="merge", options={}))
+    panel = panel.with_transformation(
+        dashboard.DataTransformerConfig(
+            id_val="organize",
+            options={
+                "excludeByName": {"Time": True},
+                "indexByName": {name: place for place, name in enumerate(columns)},
+                "renameByName": dict(columns),
+            },
+        )
+    )
+    panel = panel.sort_by([common_builders.TableSortByFieldState().display_name(first).desc(descending)])
+    return panel.cell_height(common.TableCellHeight.SM).show_header(True)
+
+
+def column(panel: table.Panel, name: str, **properties: Any) -> table.Panel:
+    """Give a column of a table its unit, words, link or width."""
+    ids = {"cell": "custom.cellOptions", "width": "custom.width", "words": "mappings", "steps": "thresholds"}
+    if "words" in properties:
+        properties["words"] = _mappings(properties["words"])
+    if "steps" in properties:
+        properties["steps"] = _thresholds(properties["steps"]).build()
+    values = [dashboard.DynamicConfigValue(ids.get(key, key), value) for key, value in properties.items()]
+    return panel.override_by_name(name, values)
+
+
+def link(title: str, url: str) -> list[dict[str, object]]:
+    """Make the link of a column."""
+    return [{"title": title, "url": url, "targetBlank": True}]
+
+
+def paint(panel: Any, colours: Mapping[str, str]) -> Any:
+    """Give series their colours, by name."""
+    for name, colour in colours.items():
+        fixed = {"mode": "fixed", "fixedColor": colour}
+        panel = panel.override_by_name(name, [dashboard.DynamicConfigValue("color", fixed)])
+    return panel
+
+
+def _dress(
+    panel: Any,
+    title: str,
+    description: str,
+    queries: Sequence[Query],
+    unit: str,
+    no_value: str,
+    words: Words | None = None,
+) -> Any:
+    panel = panel.title(title).description(description).datasource(SOURCE).targets(list(queries))
+    return panel.unit(unit).no_value(no_value).mappings(_mappings(words or {}))
+
+
+def _mappings(words: Words) -> list[dashboard.ValueMapping]:
+    special = {"null+nan"} & words.keys()
+    plain = {
+        value: dashboard.ValueMappingResult(text=text, color=colour, index=place)
+        for place, (value, (text, colour)) in enumerate(words.items())
+        if value not in special
+    }
+    made: list[dashboard.ValueMapping] = [dashboard.ValueMap(options=plain)] if plain else []
+    for value in special:
+        text, colour = words[value]
+        result = dashboard.ValueMappingResult(text=text, color=colour, index=len(plain))
+        match = dashboard.SpecialValueMatch.NULL_AND_NAN
+        options = dashboard.DashboardSpecialValueMapOptions(match=match, result=result)
+        made.append(dashboard.SpecialValueMap(options=options))
+    return made
+
+
+def _thresholds(steps: Iterable[Step]) -> dashboard_builders.ThresholdsConfig:
+    made = [dashboard.Threshold(value=value, color=colour) for value, colour in steps]
+    return dashboard_builders.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(made)
+
+
+def _colours(mode: dashboard.FieldColorModeId) -> dashboard_builders.FieldColor:
+    return dashboard_builders.FieldColor().mode(mode)
+
+
+def _legend(placement: common.LegendPlacement, show: bool = True) -> common_builders.VizLegendOptions:
+    legend = common_builders.VizLegendOptions().show_legend(show).placement(placement)
+    return legend.display_mode(common.LegendDisplayMode.LIST).calcs([])
+
+
+def _tooltip() -> common_builders.VizTooltipOptions:
+    mode, sort = common.TooltipDisplayMode.MULTI, common.SortOrder.DESCENDING
+    return common_builders.VizTooltipOptions().mode(mode).sort(sort)
