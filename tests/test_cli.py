@@ -66,6 +66,7 @@ def test_a_run_that_dies_of_a_bad_gradient_says_so_and_fails():
         (["--inject", "inf:1@999999"], "--inject: expected a check from 1 to 6280, which is within reach, got 999999"),
         (["--listen-address", "here"], "--listen-address: expected HOST:PORT such as 127.0.0.1:19301, got 'here'"),
         (["--listen-address", "192.0.2.1:1"], "--listen-address: expected one to listen on, got '192.0.2.1:1': "),
+        (["--otlp-endpoint", "here"], "--otlp-endpoint: expected a URL such as http://localhost:4318, got 'here'"),
         (["--on-critical", "panic"], "--on-critical: invalid choice: 'panic' "),
     ],
 )

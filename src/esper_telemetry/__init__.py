@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from esper_telemetry.exporters.http import Exporter, start_exporter
+from esper_telemetry.exporters.otlp import OtlpExporter, start_otlp
 from esper_telemetry.exporters.textfile import TextfileExporter, start_textfile
 from esper_telemetry.health import (
     GradientHealth,
@@ -24,12 +25,14 @@ __all__ = [
     "GradientsCritical",
     "HealthTier",
     "LayerGradientStats",
+    "OtlpExporter",
     "PPOUpdatePayload",
     "Snapshot",
     "TextfileExporter",
     "aggregate_layer_gradient_health",
     "collect_per_layer_gradients",
     "start_exporter",
+    "start_otlp",
     "start_textfile",
     "watch",
 ]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from esper_telemetry import drill
@@ -15,6 +19,9 @@ from esper_telemetry.exporters.address import DEFAULT_PORT, default_address
 from esper_telemetry.faults import Fault
 from esper_telemetry.metrics import KINDS
 from esper_telemetry.monitor import POLICIES
+from esper_telemetry.recording import read_recording
+from esper_telemetry.report.page import report_page
+from esper_telemetry.report.text import report_text
 
 if TYPE_CHECKING:
     from esper_telemetry.ppo import PPOJob, Summary
@@ -32,6 +39,8 @@ _DRILL = (
     "Make a running exporter, started with --allow-drill, show a made-up value that is labelled as a drill all the way "
     "to the page; report when it arrives at each station; then clear it."
 )
+
+_REPORT = "Show a recording of the flight recorder: what was bad, where it began, and the checks before."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,6 +64,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_ppo(commands)
     _add_drill(commands)
+    _add_report(commands)
     return parser
 
 
@@ -97,6 +107,16 @@ def _add_ppo(commands: _Commands) -> None:
         metavar="DIR",
         help="also write the metrics to a file in DIR, for node_exporter's textfile collector",
     )
+    ppo.add_argument(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="also push the metrics to an OpenTelemetry receiver, such as http://127.0.0.1:4318; OTEL_* variables hold",
+    )
+    ppo.add_argument(
+        "--record-dir",
+        metavar="DIR",
+        help="record the first bad check of each episode of trouble in a file in DIR, for `esper report`",
+    )
     ppo.add_argument("--allow-drill", action="store_true", help="let `esper drill` on this host show a made-up value")
     ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
 
@@ -110,6 +130,13 @@ def _add_drill(commands: _Commands) -> None:
     command.add_argument("--kind", choices=KINDS, default="inf", help="what the made-up check found (default: inf)")
     command.add_argument("--count", type=_whole, default=6, help="how many elements; 6 and more page (default: 6)")
     command.add_argument("--timeout", metavar="SECONDS", type=_seconds, default=120.0, help="limit (default: 120)")
+
+
+def _add_report(commands: _Commands) -> None:
+    command = commands.add_parser("report", help="show what the flight recorder wrote", description=_REPORT)
+    command.set_defaults(run=_report)
+    command.add_argument("file", metavar="FILE", type=Path, help="a recording, from the folder given as record_dir")
+    command.add_argument("--html", metavar="OUT", type=Path, help="also write a page with plots, complete in one file")
 
 
 def _whole(text: str) -> int:
@@ -147,6 +174,8 @@ def _ppo(options: argparse.Namespace) -> int:
                 on_critical=options.on_critical,
                 linger=options.linger,
                 textfile_dir=options.textfile_dir,
+                record_dir=options.record_dir,
+                otlp_endpoint=options.otlp_endpoint,
                 allow_drill=options.allow_drill,
             )
         )
@@ -232,3 +261,23 @@ def _drill(options: argparse.Namespace) -> int:
         return EXIT_USAGE
     print("the drill is cleared; its page resolves by itself", flush=True)
     return 0 if reached else EXIT_FAILED
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        recording = read_recording(options.file)
+        if options.html is not None:
+            options.html.write_text(report_page(recording), "utf-8")
+    except ValueError as error:
+        print(f"esper report: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"esper report: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_USAGE
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the bars of a sparkline are not in every terminal's alphabet
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(report_text(recording, shutil.get_terminal_size().columns, color))
+    if options.html is not None:
+        print(f"\nwritten to {options.html}")
+    return 0

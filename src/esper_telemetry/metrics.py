@@ -99,8 +99,8 @@ AMP_CONSECUTIVE_SKIPS = _gauge(
 )
 PPO_POLICY_LOSS = _gauge("esper_ppo_policy_loss", "Policy loss of the last PPO update.")
 PPO_VALUE_LOSS = _gauge("esper_ppo_value_loss", "Value loss of the last PPO update.")
-PPO_ENTROPY = _gauge("esper_ppo_entropy", "Mean policy entropy in the last PPO update.", "nat")
-PPO_APPROX_KL = _gauge("esper_ppo_approx_kl", "Approximate KL divergence of the last PPO update.", "nat")
+PPO_ENTROPY = _gauge("esper_ppo_entropy", "Mean policy entropy in the last PPO update.", "{nat}")
+PPO_APPROX_KL = _gauge("esper_ppo_approx_kl", "Approximate KL divergence of the last PPO update.", "{nat}")
 PPO_CLIP_FRACTION = _gauge("esper_ppo_clip_fraction", "Share of clipped samples in the last PPO update.")
 PPO_EXPLAINED_VARIANCE = _gauge("esper_ppo_explained_variance", "Explained variance at the last PPO update.")
 PPO_REWARD = _gauge("esper_ppo_episode_reward", "Mean reward of the last 100 episodes; NaN before the first ended.")
@@ -111,6 +111,9 @@ PPO_UPDATES = _counter("esper_ppo_updates_total", "PPO updates made.", "{update}
 PPO_EPISODES = _counter("esper_ppo_episodes_total", "Episodes finished.", "{episode}")
 COLLECT_ERRORS = _counter(
     "esper_exporter_collect_errors_total", "Pages that could not be built from the snapshot.", "{error}"
+)
+OTLP_EXPORT_FAILURES = _counter(
+    "esper_otlp_export_failures_total", "Pushes over OTLP that did not arrive; only OTLP shows it.", "{push}"
 )
 MONITOR_ERRORS = _counter("esper_monitor_errors_total", "Checks that failed by a fault of the monitor.", "{error}")
 MONITOR_SECONDS = _counter("esper_monitor_seconds_total", "Time spent measuring in the training thread.", "s")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from esper_telemetry.exporters.http import Exporter, start_exporter
+from esper_telemetry.exporters.otlp import OtlpExporter, start_otlp
 from esper_telemetry.exporters.textfile import TextfileExporter, start_textfile
 from esper_telemetry.faults import Fault, FaultInjector
 from esper_telemetry.integrations.sb3 import EsperCallback
@@ -43,6 +45,8 @@ class Options:
     on_critical: str = "continue"
     linger: float = 20.0
     textfile_dir: str | None = None
+    record_dir: str | None = None
+    otlp_endpoint: str | None = None
     allow_drill: bool = False
 
 
@@ -96,9 +100,12 @@ class PPOJob:
         self.monitor = self._watch()
         self.monitor.on_check(self._see)
         self._textfile: TextfileExporter | None = None
+        self._otlp: OtlpExporter | None = None
         self.exporter = self._serve()
         if options.textfile_dir is not None:
             self._textfile = self._write_textfile(options.textfile_dir)
+        if options.otlp_endpoint is not None:
+            self._otlp = self._push(options.otlp_endpoint)
 
     def train(self, display: Display) -> Summary:
         """Train until the episodes are over or a check halts the run; return what it came to."""
@@ -127,9 +134,11 @@ class PPOJob:
         )
 
     def close(self) -> None:
-        """Wait for a last scrape where one is needed, and stop to serve and to write."""
+        """Wait for a last scrape where one is needed, and stop to serve, to write and to push."""
         if self._textfile is not None:
             self._textfile.close()
+        if self._otlp is not None:
+            self._otlp.close()
         self.exporter.close()
 
     def _see(self, snapshot: Snapshot) -> None:
@@ -149,13 +158,17 @@ class PPOJob:
 
     def _watch(self) -> GradientMonitor:
         policy = self._model.policy
-        return watch(
-            policy,
-            optimizer=policy.optimizer,
-            heads=HEADS,
-            on_critical=self._options.on_critical,
-            before_check=self._injector if self._options.inject else None,
-        )
+        try:
+            return watch(
+                policy,
+                optimizer=policy.optimizer,
+                heads=HEADS,
+                on_critical=self._options.on_critical,
+                before_check=self._injector if self._options.inject else None,
+                record_dir=self._options.record_dir,
+            )
+        except OSError as error:
+            raise ValueError(f"--{str(error.strerror).replace('record_dir', 'record-dir', 1)}") from None
 
     def _serve(self) -> Exporter:
         try:
@@ -175,6 +188,13 @@ class PPOJob:
         except OSError as error:
             self.close()
             raise ValueError(f"--{error.strerror}") from None  # it begins with "textfile-dir:"
+
+    def _push(self, endpoint: str) -> OtlpExporter:
+        try:
+            return start_otlp(self.monitor, endpoint)
+        except (ValueError, ImportError) as error:
+            self.close()
+            raise ValueError(re.sub("^endpoint:", "--otlp-endpoint:", str(error))) from None
 
 
 class _EpisodeLimit(EsperCallback):

@@ -1,0 +1,127 @@
+"""Send a snapshot over OTLP, through OpenTelemetry's own exporter."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from esper_telemetry import metrics
+from esper_telemetry.exporters.environment import check_environment
+from esper_telemetry.exporters.samples import Sample, Source, read_samples
+from esper_telemetry.metrics import Metric
+
+try:
+    import requests
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics.export import MetricExportResult
+
+    from esper_telemetry.exporters.points import metrics_data, resource_of
+except ImportError as error:
+    raise ImportError("OpenTelemetry's exporter is not installed: pip install 'esper-telemetry[otlp]'") from error
+
+logger = logging.getLogger("esper_telemetry")
+
+_sdk_logger = logging.getLogger("opentelemetry.exporter.otlp.proto.http.metric_exporter")
+
+
+class OtlpSender:
+    """Send what a source's snapshot shows at each `send()`, from one thread.
+
+    failures: how often that failed. It is sent itself, as is the number of snapshots that could not be read.
+    """
+
+    def __init__(self, source: Source, url: str) -> None:
+        check_environment()
+        self.failures = 0
+        self._source = source
+        self._url = url
+        self._resource = resource_of(source.snapshot.run)
+        self._exporter = self._new_exporter()
+        self._started = time.time_ns()
+        self._shown: set[tuple[Metric, tuple[str, ...]]] = set()
+        self._errors = 0
+
+    def send(self, timeout: float | None = None) -> str | None:
+        """Send once, with the SDK's retries; return what went wrong, None if it arrived.
+
+        timeout: seconds, in place of what the environment says.
+        """
+        exporter = self._exporter if timeout is None else self._new_exporter(timeout)
+        with _SdkLog() as log:
+            try:
+                samples = self._samples()
+                arrived = exporter.export(metrics_data(self._resource, samples, self._started))
+            except Exception as error:
+                log.reason = repr(error)
+                arrived = MetricExportResult.FAILURE
+        if arrived is MetricExportResult.SUCCESS:
+            self._shown = {(metric, labels) for metric, labels, value in samples if value == value}
+            return None
+        self.failures += 1
+        return log.reason or "no reason given"
+
+    def interrupt(self) -> None:
+        """End a wait before a retry; from here on every `send()` needs a timeout of its own."""
+        self._exporter.shutdown()
+
+    def _new_exporter(self, timeout: float | None = None) -> OTLPMetricExporter:
+        return OTLPMetricExporter(self._url, timeout=timeout, session=_Session())
+
+    def _samples(self) -> list[Sample]:
+        samples = [*self._read(), *self._own()]
+        # A scraper marks a series that is gone as stale. Over OTLP its last value would stand for five minutes more.
+        gone = self._shown.difference((metric, labels) for metric, labels, _ in samples)
+        return [*samples, *(Sample(metric, labels, math.nan) for metric, labels in gone)]
+
+    def _read(self) -> list[Sample]:
+        try:
+            return list(read_samples(self._source.snapshot))
+        except Exception:
+            if self._errors == 0:
+                logger.exception("esper: the snapshot could not be read; this is counted and not logged again")
+            self._errors += 1
+            return []
+
+    def _own(self) -> Iterator[Sample]:
+        yield Sample(metrics.COLLECT_ERRORS, (), self._errors)
+        yield Sample(metrics.OTLP_EXPORT_FAILURES, (), self.failures)
+
+
+class _Session(requests.Session):
+    """Prefer OTEL_EXPORTER_OTLP_CERTIFICATE to REQUESTS_CA_BUNDLE; requests itself does not."""
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> dict[str, Any]:
+        verify = self.verify if verify is None else verify
+        return super().merge_environment_settings(url, proxies, stream, verify, cert)
+
+
+class _SdkLog(logging.Filter):
+    """Keep what the SDK logs in this thread, which is every try, to ourselves; the first reason is the one to tell."""
+
+    def __enter__(self) -> _SdkLog:
+        self.reason: str | None = None
+        self._thread = threading.get_ident()
+        _sdk_logger.addFilter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _sdk_logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread != self._thread:
+            return True
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        error = next((each for each in arguments if isinstance(each, BaseException)), None)
+        self.reason = self.reason or (record.getMessage() if error is None else str(_root(error)))
+        return False
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what began it: `[Errno 111] Connection refused` rather than what four layers made of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
