@@ -170,3 +170,17 @@ def test_a_device_that_failed_is_counted_and_training_goes_on(caplog):
         monitor.close()
     assert monitor.snapshot.monitor_errors == 2
     assert len(caplog.records) == 1
+
+
+def test_gradients_that_are_freed_as_they_come_do_not_wait_either():
+    model, monitor, device = monitored()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    backward(model)
+    backward(model, math.nan)
+    device.finish(*range(1, len(device.launched)))
+    assert (monitor.snapshot.checks, monitor.snapshot.elements) == (1, 26)
+    device.finish(len(device.launched))
+    assert monitor.snapshot.checks == 2
+    assert {layer.layer_name for layer in monitor.snapshot.layers} == {"0.weight", "0.bias", "2.weight"}
+    assert not any(each.waited for each in device.launched)

@@ -9,8 +9,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch.autograd.graph import Node
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
+
+_Hooks = dict[int, Callable[[torch.Tensor], None]]
 
 
 class BackwardHooks:
@@ -18,13 +21,21 @@ class BackwardHooks:
 
     The hooks run after a gradient is accumulated, which is also when FSDP2 has it. `on_end` runs once per backward
     pass, in the thread that called `backward()`, when every gradient of that pass is there and nothing has clipped
-    it; what it raises reaches the caller of `backward()`.
+    it; what it raises reaches the caller of `backward()`. A pass within a pass, as reentrant checkpointing makes
+    them, ends with the outermost. `on_early` is given the index and the parameter when a gradient arrives that other
+    hooks wait for, and runs before them: an optimizer that steps during backward frees the gradient there.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], on_end: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        on_end: Callable[[], None] | None = None,
+        on_early: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         self._on_end = on_end
+        self._on_early = on_early
         self._arrived: dict[int, None] = {}
-        self._graph_task = -1
+        self._awaited: set[int] = set()
         self._undo = [
             _register(parameter, partial(self._arrive, index))
             for index, parameter in enumerate(parameters)
@@ -43,17 +54,39 @@ class BackwardHooks:
             undo()
         self._undo.clear()
 
-    def _arrive(self, index: int, _: torch.Tensor) -> None:
+    def _arrive(self, index: int, parameter: torch.Tensor) -> None:
         self._arrived[index] = None
-        if self._on_end is None:
-            return
+        if self._on_early is not None and _is_waited_for(cast(_Hooks, parameter._post_accumulate_grad_hooks)):
+            self._on_early(index, parameter)
+        if self._on_end is not None:
+            self._await_end()
+
+    def _await_end(self, *_: object) -> None:
         # The id tells one backward pass from the next even when a pass died half-way and never ran its callback.
         # torch's own register_multi_grad_hook(mode="any") keeps an entry per pass for ever.
         graph_task = torch._C._current_graph_task_id()
-        if graph_task != self._graph_task:
-            self._graph_task = graph_task
+        if graph_task not in self._awaited:
+            self._awaited.add(graph_task)
             engine = cast(Any, torch.autograd.Variable)._execution_engine
-            engine.queue_callback(self._on_end)
+            engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        """Find out which pass has ended: one that a node of another pass runs goes on with the nodes after that."""
+        node = torch._C._current_autograd_node()
+        following = [] if node is None else [each for each, _ in node.next_functions if each is not None]
+        if following:
+            self._await_end_after(following[0])
+            return
+        self._awaited.clear()
+        if self._on_end is not None:
+            self._on_end()
+
+    def _await_end_after(self, node: Node) -> None:
+        def go_on(_: object) -> None:
+            handle.remove()
+            self._await_end()
+
+        handle = node.register_prehook(go_on)
 
 
 def by_arrival(layers: Iterable[int], order: Sequence[int]) -> list[int]:
@@ -62,8 +95,21 @@ def by_arrival(layers: Iterable[int], order: Sequence[int]) -> list[int]:
     return sorted(layers, key=lambda index: (place.get(index, math.inf), -index))
 
 
+def _is_waited_for(hooks: _Hooks) -> bool:
+    """Tell whether hooks other than ours are registered."""
+    return len(hooks) > 1 and not all(_is_ours(hook) for hook in hooks.values())
+
+
+def _is_ours(hook: object) -> bool:
+    return isinstance(hook, partial) and getattr(hook.func, "__func__", None) is BackwardHooks._arrive
+
+
 def _register(parameter: Parameter, hook: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Register a hook before all others."""
     handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    hooks = cast(_Hooks, parameter._post_accumulate_grad_hooks)
+    for other in [each for each in hooks if each != handle.id]:
+        hooks[other] = hooks.pop(other)  # torch reads the plain dict, which move_to_end() leaves as it is
     return partial(_unregister, weakref.ref(parameter), handle)
 
 

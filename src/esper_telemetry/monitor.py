@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from esper_telemetry.amp import AmpReading, AmpState, ScalerWatch
 from esper_telemetry.heads import WatchedHeads
@@ -28,8 +28,17 @@ from esper_telemetry.layers import Model, named_layers, named_modules
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.recent import LayerCounts, worst_first
 from esper_telemetry.recorder import BatchId, FlightRecorder
-from esper_telemetry.scan import ClipScan, PendingScan, Scan, Scanner, total_norm, with_dead_and_exploding
+from esper_telemetry.scan import (
+    ClipScan,
+    PendingScan,
+    Scan,
+    Scanner,
+    total_norm,
+    with_dead_and_exploding,
+    with_early,
+)
 from esper_telemetry.snapshot import RunInfo, Snapshot
+from esper_telemetry.steps import Steps
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -117,7 +126,7 @@ class GradientMonitor:
         self._launched: deque[tuple[PendingScan, _Check]] = deque()
         self._untold: list[Snapshot] = []
         self._seconds = 0.0
-        self._dropping = False
+        self._steps_early = self._said_too_late = False
         self._critical_in_a_row = 0
         self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds), watched_heads)
         self.batch_id: BatchId = None
@@ -125,7 +134,7 @@ class GradientMonitor:
         if self._recorder is not None:
             self.on_check(self._recorder.see)
         self._list_layers()
-        self._step_hooks = [each.register_step_pre_hook(self._before_step) for each in optimizers]
+        self._steps = Steps(optimizers, self._count_dropped_step)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -214,9 +223,7 @@ class GradientMonitor:
             self._recorder.close()
         with self._lock:
             self._hooks.remove()
-            for hook in self._step_hooks:
-                hook.remove()
-            self._step_hooks.clear()
+            self._steps.remove()
             if self._amp is not None and not self._snapshot.ended:
                 self._see_last_step(self._amp)
             self._snapshot = self._snapshot.but(ended=True)
@@ -237,7 +244,9 @@ class GradientMonitor:
         named = list(named_layers(modules)) if modules else []
         self._names = tuple(name for name, _ in named)
         self._parameters = [weakref.ref(parameter) for _, parameter in named]
-        self._hooks = BackwardHooks([parameter for _, parameter in named], self._on_backward_end)
+        parameters = [parameter for _, parameter in named]
+        self._early: dict[int, _Early] = {}
+        self._hooks = BackwardHooks(parameters, self._on_backward_end, self._measure_early)
 
     def _gradients(self) -> list[Tensor | None]:
         """Return each layer's gradient; a module that replaced a parameter is listed anew."""
@@ -277,12 +286,15 @@ class GradientMonitor:
             gradients, amp = self._amp.read(gradients, self._parameters)
         found = measure(gradients)
         check = _Check(self._names, gradients, self._hooks.take_order(), time.time(), amp)
+        early, self._steps_early = bool(self._early), False
+        if early:
+            found, check = self._with_early(found, check)
         if isinstance(found, Scan):
             if self._launched:
                 self._settle(wait=True)
             found = check.judge(found)
             trouble_begins = found.bad and not self._snapshot.layers
-            if trouble_begins or self._snapshot.checks % self._statistics_every == 0:
+            if not early and (trouble_begins or self._snapshot.checks % self._statistics_every == 0):
                 found = with_dead_and_exploding(found, gradients, None if amp is None else amp.scales)
             self._publish(found, check, started)
         else:
@@ -291,6 +303,26 @@ class GradientMonitor:
         if self._recorder is not None:
             number = self._snapshot.checks + len(self._launched)
             self._recorder.note(number, self.batch_id, check.order, check.names, gradients, self._snapshot)
+
+    def _measure_early(self, index: int, parameter: Tensor) -> None:
+        """Measure a gradient before other hooks see it: one that makes the optimizer step frees it too."""
+        started = time.perf_counter()
+        try:
+            with torch.no_grad():
+                self._early[index] = _Early(self._scan([parameter.grad]), parameter.shape)
+        except Exception:
+            self._fail("a check failed")
+        self._seconds += time.perf_counter() - started
+
+    def _with_early(self, found: Scan | PendingScan, check: _Check) -> tuple[Scan | PendingScan, _Check]:
+        early, self._early = self._early, {}
+        gradients = list(check.gradients)
+        freed = [index for index in early if gradients[index] is None]
+        self._steps_early = bool(freed)
+        for index in freed:
+            gradients[index] = early[index].shape
+        found = with_early(found, {index: each.found for index, each in early.items()})
+        return found, check._replace(gradients=gradients)
 
     def _settle(self, wait: bool = False) -> None:
         """Publish launched checks in their order, as far as their results are there."""
@@ -336,7 +368,7 @@ class GradientMonitor:
                 self._fail(f"{listener} failed")
 
     def _react(self, snapshot: Snapshot) -> None:
-        self._dropping = False
+        self._steps.allow()
         if snapshot.tier is not HealthTier.CRITICAL:
             self._critical_in_a_row = 0
             return
@@ -344,20 +376,22 @@ class GradientMonitor:
         if self._critical_in_a_row < self._patience:
             return
         policy = self._on_critical(snapshot) if callable(self._on_critical) else self._on_critical
-        self._dropping = policy == "skip"
+        if policy == "skip":
+            self._drop_steps()
         if policy == "halt":
             raise GradientsCritical(snapshot)
 
     def _update_by_itself(self) -> None:
         self.update()
 
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        """Take the gradients away: torch's optimizers leave a parameter without one, and its state, alone."""
-        if not self._dropping:
-            return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+    def _drop_steps(self) -> None:
+        if not self._steps_early:
+            self._steps.drop()
+        elif not self._said_too_late:
+            self._said_too_late = True
+            logger.error("esper: the optimizer steps during backward(), so no step can be skipped; use 'halt'")
+
+    def _count_dropped_step(self) -> None:
         with self._lock:
             self._snapshot = self._snapshot.skipping("intervention")
 
@@ -366,6 +400,13 @@ class GradientMonitor:
             logger.exception("esper: %s; training goes on, and this is counted and not logged again", what)
         with self._lock:
             self._snapshot = self._snapshot.but(monitor_errors=self._snapshot.monitor_errors + 1)
+
+
+class _Early(NamedTuple):
+    """Hold what was found in one gradient as it arrived."""
+
+    found: Scan | PendingScan
+    shape: torch.Size
 
 
 class _Check(NamedTuple):
@@ -465,6 +506,8 @@ def _check_options(
         raise ValueError(f"on_critical: expected one of {', '.join(POLICIES)} or a callable, got {on_critical!r}")
     if on_critical == "skip" and not optimizers:
         raise ValueError("on_critical: 'skip' expects optimizer=, whose steps it drops, and none was given")
+    if on_critical == "skip" and any(isinstance(each, LBFGS) for each in optimizers):
+        raise ValueError("on_critical: 'skip' cannot drop a step of LBFGS, which takes several gradients; use 'halt'")
     if patience < 1:
         raise ValueError(f"patience: expected at least 1, got {patience}")
     if max_amp_skips < 0:
