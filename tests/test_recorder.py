@@ -359,7 +359,12 @@ class TestReading:
             (lambda page: page.pop("history"), "it has no 'history'"),
             (lambda page: page["history"][0].pop("scale"), "it has no 'scale'"),
             (lambda page: page.update(layers=3), "'int' object is not iterable"),
-            (lambda page: page.update(history=[]), "its layer_norms and its history differ in length"),
+            (lambda page: page.update(history=2 * page["history"]), "its layer_norms and its history differ in length"),
+            (lambda page: page.update(history=[]), "its history is empty"),
+            (lambda page: page.update(timestamp=1e300), "its time cannot be"),
+            (lambda page: page.update(check=10**400), "it has a number that cannot be: 1000"),
+            (lambda page: page.update(elements=math.inf), "it has a number that cannot be: inf"),
+            (lambda page: page["layers"][0].update(shape=["x"]), "'<=' not supported between "),
             (lambda page: page["history"][0].update(grad_norm="many"), "it has no 'many'"),
         ],
     )

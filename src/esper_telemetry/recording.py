@@ -14,6 +14,8 @@ FORMAT = "esper-recording"
 VERSION = 1
 
 _LARGEST = 64 << 20
+_FAR = 1 << 63
+_FAR_FUTURE = 1e11
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """JSON has no number for these."""
 
@@ -127,7 +129,7 @@ def read_recording(path: Path) -> Recording:
         return _recording(page)
     except KeyError as error:
         reason = f"it has no {error}"
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
     raise ValueError(f"expected a recording, got {str(path)!r}: {reason}")
 
@@ -136,13 +138,17 @@ def _recording(page: Mapping[str, Any]) -> Recording:
     recording = Recording(
         **_plain(Recording, page)
         | {
-            "devices": tuple(map(str, page["devices"])),
-            "versions": {str(name): str(version) for name, version in page["versions"].items()},
+            "devices": tuple(map(_text, page["devices"])),
+            "versions": {_text(name): _text(version) for name, version in page["versions"].items()},
             "layers": tuple(map(_layer, page["layers"])),
             "history": tuple(map(_past_check, page["history"])),
-            "layer_norms": {str(name): tuple(map(_number, norms)) for name, norms in page["layer_norms"].items()},
+            "layer_norms": {_text(name): tuple(map(_number, norms)) for name, norms in page["layer_norms"].items()},
         }
     )
+    if not recording.history:
+        raise ValueError("its history is empty")
+    if not 0 <= recording.timestamp < _FAR_FUTURE:
+        raise ValueError("its time cannot be")
     if any(len(norms) != len(recording.history) for norms in recording.layer_norms.values()):
         raise ValueError("its layer_norms and its history differ in length")
     return recording
@@ -153,14 +159,14 @@ def _layer(page: Mapping[str, Any]) -> BadLayer:
     return BadLayer(
         **_plain(BadLayer, page)
         | {
-            "shape": None if shape is None else tuple(map(int, shape)),
+            "shape": None if shape is None else tuple(map(_whole, shape)),
             "first_bad": None if first_bad is None else tuple(map(_element, first_bad)),
         }
     )
 
 
 def _element(page: Mapping[str, Any]) -> Element:
-    return Element(tuple(map(int, page["index"])), int(page["flat"]), str(page["value"]))
+    return Element(tuple(map(_whole, page["index"])), _whole(page["flat"]), _text(page["value"]))
 
 
 def _past_check(page: Mapping[str, Any]) -> PastCheck:
@@ -168,12 +174,12 @@ def _past_check(page: Mapping[str, Any]) -> PastCheck:
 
 
 _READERS: Mapping[str, Any] = {
-    "int": lambda value: int(value),
+    "int": lambda value: _whole(value),
     "float": lambda value: float(_number(value)),  # type: ignore[arg-type]
     "float | None": lambda value: _number(value),
-    "str": lambda value: str(value),
-    "str | None": lambda value: None if value is None else str(value),
-    "int | str | None": lambda value: value if isinstance(value, int) or value is None else str(value),
+    "str": lambda value: _text(value),
+    "str | None": lambda value: None if value is None else _text(value),
+    "int | str | None": lambda value: value if value is None or isinstance(value, int) else _text(value),
 }
 """How to read a field, by its type; those of other types are read one by one."""
 
@@ -181,6 +187,17 @@ _READERS: Mapping[str, Any] = {
 def _plain(kind: type, page: Mapping[str, Any]) -> dict[str, Any]:
     plain = [field for field in fields(kind) if field.type in _READERS]
     return {field.name: _READERS[str(field.type)](page[field.name]) for field in plain}
+
+
+def _whole(value: Any) -> int:
+    if not -_FAR <= value <= _FAR:
+        raise ValueError(f"it has a number that cannot be: {value}")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    """Return text without what would move the cursor of a terminal: a file can come from anywhere."""
+    return "".join(character if character.isprintable() else "?" for character in str(value))
 
 
 def _number(value: Any) -> float | None:
