@@ -72,6 +72,7 @@ def prometheus_config(
     """Write the Prometheus configuration for targets `host:port`, scraped and evaluated every `interval`."""
     list_targets(folder / "targets" / "trainers.json", trainers)
     list_targets(folder / "targets" / "nodes.json", nodes)
+    list_targets(folder / "targets" / "collectors.json", ())
     text = replace_all(
         PROMETHEUS.read_text(),
         {

@@ -21,7 +21,7 @@ LONG_WINDOWS = WINDOWS | {"1m": "6s", "10m": "30s", "15m": "45s", "1h": "60s", "
 class Stack:
     """Prometheus, scraping and evaluating every second, Alertmanager, and a pager."""
 
-    def __init__(self, folder, prometheus_count=1, windows=WINDOWS):
+    def __init__(self, folder, prometheus_count=1, windows=WINDOWS, prometheus_arguments=()):
         self.folder = folder
         self._exit = ExitStack()
         self.pager = self._exit.enter_context(Pager())
@@ -37,7 +37,7 @@ class Stack:
                 interval="1s",
                 replica=str(number),
             )
-            self.prometheus.append(self._exit.enter_context(servers.prometheus(config, home)))
+            self.prometheus.append(self._exit.enter_context(servers.prometheus(config, home, *prometheus_arguments)))
 
     def __enter__(self):
         return self
@@ -54,6 +54,11 @@ class Stack:
         """Scrape these node_exporters and no others."""
         for home in self._folders:
             configs.list_targets(home / "targets" / "nodes.json", [url.removeprefix("http://") for url in urls])
+
+    def list_collectors(self, *urls):
+        """Scrape these collectors of what was pushed and no others."""
+        for home in self._folders:
+            configs.list_targets(home / "targets" / "collectors.json", [url.removeprefix("http://") for url in urls])
 
     @contextmanager
     def node_exporter(self, textfiles):

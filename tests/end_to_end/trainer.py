@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from esper_telemetry import start_exporter, start_textfile, watch
+from esper_telemetry import start_exporter, start_otlp, start_textfile, watch
 from esper_telemetry.faults import Fault, FaultInjector
 
 HUGE = 3e38  # finite in float32; the norm of two is not
@@ -36,6 +36,7 @@ def main():
     parser.add_argument("--on-critical", default="continue")
     parser.add_argument("--kill-at", type=int, help="SIGKILL ourselves right after this check")
     parser.add_argument("--textfile-dir")
+    parser.add_argument("--otlp-endpoint")
     parser.add_argument("--window", type=float, default=5.0)
     parser.add_argument("--allow-drill", action="store_true")
     parser.add_argument("--huge", type=int, default=0, help="elements of the last layer that are huge at every check")
@@ -59,6 +60,8 @@ def main():
     exporter = start_exporter(monitor, options.address, allow_drill=options.allow_drill)
     if options.textfile_dir:
         start_textfile(monitor, options.textfile_dir)
+    if options.otlp_endpoint:
+        start_otlp(monitor, options.otlp_endpoint)
     print(exporter.url, flush=True)
     if options.wait:
         input()
