@@ -13,13 +13,20 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard
 
-from grafana import queries
-from grafana.panels import SOURCE
-from grafana.rows import RUNBOOKS, Placed, banner, rows
+from grafana import banner, heads, health, layers, ppo, queries, run
+from grafana.panels import RUNBOOKS, SOURCE, Placed
 
 DASHBOARD = Path(__file__).with_name("dashboards") / "esper.json"
 SCHEMA_VERSION = 39  # the SDK writes 36; nothing here changed in between
 ALL = dashboard.VariableOption(selected=True, text="All", value="$__all")
+ROWS = {
+    "Health": health.panels,
+    "Layers": layers.panels,
+    "Heads": heads.panels,
+    "PPO": ppo.panels,
+    "Run and monitor": run.panels,
+}
+COLLAPSED = "PPO"  # most runs are none
 _ALERT_TEXT = {"titleFormat": "{{alertname}}", "textFormat": "{{severity}}: {{instance}}", "tagKeys": "severity"}
 
 
@@ -94,16 +101,13 @@ def _complete(made: dict[str, Any]) -> dict[str, Any]:
 
 def _place() -> list[dict[str, Any]]:
     """Lay out the banner and then row after row, and number the panels."""
-    panels, top = _lay_out(banner(), 0)
-    for row in rows():
-        head: dict[str, Any] = {"type": "row", "title": row.title, "collapsed": row.collapsed, "panels": []}
-        head["gridPos"] = {"x": 0, "y": top, "w": 24, "h": 1}
-        inside, below = _lay_out(row.panels, top + 1)
-        panels.append(head)
-        if row.collapsed:
-            head["panels"], top = inside, top + 1
-        else:
-            panels, top = panels + inside, below
+    panels, top = _lay_out(banner.panels(), 0)
+    for title, placed in ROWS.items():
+        inside, below = _lay_out(placed(), top + 1)
+        collapsed = title == COLLAPSED
+        head = {"type": "row", "title": title, "gridPos": {"x": 0, "y": top, "w": 24, "h": 1}, "collapsed": collapsed}
+        panels += [head | {"panels": inside}] if collapsed else [head | {"panels": []}, *inside]
+        top = top + 1 if collapsed else below
     for number, panel in enumerate(_flat(panels), start=1):
         panel["id"] = number
     return panels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as dashboard_builders
@@ -12,11 +12,17 @@ from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from grafana.queries import STATES
+
+RUNBOOKS = "https://github.com/esper-telemetry/esper-telemetry/blob/main/alerts/runbooks"
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
 CALM = "text"
 GREY = "#6e7077"
 RED = "red"
 ORANGE = "orange"
+KIND_COLOURS = {"Inf": ORANGE, "NaN": RED}
+WARNING, CRITICAL = 1, 6  # the least count of each tier
+STATE_WORDS = {str(code): (name, colour) for code, (name, colour) in enumerate(STATES.items())}
 NONE = "none"  # Grafana's unit of plain numbers and of words
 
 _PLACES = {"bottom": common.LegendPlacement.BOTTOM, "right": common.LegendPlacement.RIGHT}
@@ -26,6 +32,16 @@ Panel: TypeAlias = Builder[dashboard.Panel]
 Step: TypeAlias = tuple[float | None, str]
 Words: TypeAlias = Mapping[str, tuple[str, str | None]]
 """Value -> the word to show for it and its colour."""
+
+
+class Placed(NamedTuple):
+    """A panel with its column and line within its row, its width and its height."""
+
+    panel: Panel
+    x: int
+    y: int
+    w: int
+    h: int
 
 
 def query(expression: str, legend: str = "", ref: str = "A") -> Query:
@@ -75,23 +91,24 @@ def graph(
     *queries: Query,
     unit: str = NONE,
     marks: Iterable[Step] = (),
-    bars: bool = False,
+    stacked: bool = False,
     log: int | None = None,
+    top: float | None = None,
     legend: str = "bottom",
     no_value: str = "no data",
 ) -> timeseries.Panel:
-    """Draw values over time; `marks` are dashed lines at values that mean something."""
+    """Draw values over time; `marks` are dashed lines, and the axis reaches at least up to `top`."""
     panel = _dress(timeseries.Panel(), title, description, queries, unit, no_value)
     panel = panel.show_points(common.VisibilityMode.AUTO).span_nulls(False).line_width(1)
-    panel = panel.fill_opacity(70 if bars else 8).min(0) if log is None else panel.fill_opacity(0)
-    panel = panel.draw_style(common.GraphDrawStyle.BARS if bars else common.GraphDrawStyle.LINE)
+    panel = panel.fill_opacity(40 if stacked else 8).min(0) if log is None else panel.fill_opacity(0)
     panel = panel.legend(_legend(_PLACES[legend])).tooltip(_tooltip())
-    if bars:
-        stacked = common_builders.StackingConfig().mode(common.StackingMode.NORMAL).group("A")
-        panel = panel.stacking(stacked).interval("1m")  # so that $__rate_interval shows a check in one bar, or two
+    if stacked:
+        panel = panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL).group("A"))
     if log is not None:
         scale = common_builders.ScaleDistributionConfig().type(common.ScaleDistribution.LOG).log(log)
         panel = panel.scale_distribution(scale)
+    if top is not None:
+        panel = panel.axis_soft_max(top)
     if steps := tuple(marks):
         dashed = common_builders.GraphThresholdsStyleConfig().mode(common.GraphTresholdsStyleMode.DASHED)
         panel = panel.thresholds(_thresholds(((None, "transparent"), *steps))).thresholds_style(dashed)
@@ -143,6 +160,12 @@ def column(panel: table.Panel, name: str, **properties: Any) -> table.Panel:
         properties["steps"] = _thresholds(properties["steps"]).build()
     values = [dashboard.DynamicConfigValue(ids.get(key, key), value) for key, value in properties.items()]
     return panel.override_by_name(name, values)
+
+
+def count_column(panel: table.Panel, name: str) -> table.Panel:
+    """Make a column of counts, red from 1."""
+    steps = ((None, CALM), (WARNING, RED))
+    return column(panel, name, unit="locale", steps=steps, cell={"type": "color-text"}, noValue="-", width=80)
 
 
 def link(title: str, url: str) -> list[dict[str, object]]:

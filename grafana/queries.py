@@ -17,11 +17,11 @@ ROWS, LINES = 24, 12
 """How many instances or layers a table or a graph names at most, the worst first."""
 
 STATES = {
-    "HEALTHY": "dark-green",
+    "HEALTHY": "#24603c",
     "ENDED": "#5b6b82",
     "DRILL": "blue",
     "NOT MEASURING": "#6e7077",
-    "WARNING": "dark-orange",
+    "WARNING": "#8f4a00",
     "GONE": "#44464c",
     "CRITICAL": "red",
 }

@@ -1,0 +1,100 @@
+"""The row of the run: skipped steps, the cost of measuring, and our own health."""
+
+from __future__ import annotations
+
+from grafana import queries as q
+from grafana.panels import RED, Panel, Placed, cells, column, graph, listing, paint, query
+from grafana.queries import happened, largest, latest
+
+
+def panels() -> list[Placed]:
+    """Return the panels with their places."""
+    return [
+        Placed(_skipped(), 0, 0, 8, 7),
+        Placed(_amp(), 8, 0, 8, 7),
+        Placed(_cost(), 16, 0, 8, 7),
+        Placed(_pace(), 0, 7, 8, 7),
+        Placed(_faults(), 8, 7, 8, 7),
+        Placed(_targets(), 16, 7, 8, 7),
+        Placed(_versions(), 0, 14, 24, 5),
+    ]
+
+
+def _skipped() -> Panel:
+    return graph(
+        "Skipped updates",
+        "Optimizer steps that were not taken: amp is the GradScaler's own doing, intervention is on_critical. Normal "
+        "is none, or now and then one by amp when it tries a larger scale.",
+        query(happened("esper_skipped_updates_total", "reason"), "{{reason}}"),
+        stacked=True,
+    ).decimals(0)
+
+
+def _amp() -> Panel:
+    panel = graph(
+        "AMP loss scale",
+        "The scale of the GradScaler, the smallest of any instance, and the longest streak of skipped steps. Normal is "
+        "a scale of 1,000 to 100,000 and a streak of 0 to 2; below a scale of 1 nothing is learned.",
+        query(f"min({latest('esper_amp_scale')})", "scale", "A"),
+        query(f"max({largest('esper_amp_consecutive_skips')})", "skips in a row", "B"),
+        no_value="No GradScaler is watched",
+    )
+    return column(
+        panel, "scale", **{"custom.scaleDistribution": {"type": "log", "log": 2}, "custom.axisPlacement": "right"}
+    )
+
+
+def _cost() -> Panel:
+    return graph(
+        "Cost of measuring",
+        "Time spent measuring in the training thread, as a share of the wall time. Normal is below 3 %; many very "
+        "small layers cost more.",
+        query(f"topk({q.LINES}, {happened('esper_monitor_seconds_total', function='rate')})", "{{instance}}"),
+        unit="percentunit",
+    )
+
+
+def _pace() -> Panel:
+    return graph(
+        "Checks per second",
+        "How often gradients are looked at. Normal is one check per backward pass, steadily; 0 is not measuring.",
+        query(f"bottomk({q.LINES}, {happened('esper_checks_total', function='rate')})", "{{instance}}"),
+        unit="cps",
+    )
+
+
+def _faults() -> Panel:
+    return graph(
+        "Faults of our own",
+        "Pages that could not be built, checks that the monitor failed, pushes over OTLP that failed, and layers that "
+        "have no series because 50 others were worse. Normal is 0 of all.",
+        query(f"sum({happened('esper_exporter_collect_errors_total')})", "pages not built", "A"),
+        query(f"sum({happened('esper_monitor_errors_total')})", "checks failed", "B"),
+        query(f"sum({happened('esper_otlp_export_failures_total')})", "pushes failed", "C"),
+        query(f"max({largest('esper_layers_dropped')})", "layers without series", "D"),
+        top=1,
+    ).decimals(0)
+
+
+def _targets() -> Panel:
+    up = q.select("up")
+    panel = graph(
+        "Targets",
+        "Listed instances of the chosen job that answer Prometheus, and those that do not. Normal is none that does "
+        "not; a finished run has to be taken off the list.",
+        query(f"sum({up})", "answer", "A"),
+        query(f"count({up}) - sum({up})", "do not answer", "B"),
+    )
+    return paint(panel.decimals(0), {"answer": "blue", "do not answer": RED})
+
+
+def _versions() -> Panel:
+    panel = listing(
+        "Versions",
+        "What each instance runs. Normal is one version of each over all ranks of a run.",
+        cells(q.versions(), "A"),
+        columns={"instance": "Instance", "version": "esper-telemetry", "torch": "PyTorch", "python": "Python"},
+        first="Instance",
+        no_value="No instance is known",
+    )
+    return column(panel, "Value", **{"custom.hidden": True})
