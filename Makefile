@@ -11,7 +11,7 @@ run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0
 
 test: $(INSTALLED)  ## Run every test; servers that are missing are fetched first
 	$(BIN)/python -m deploy.stack.servers
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 4 --dist worksteal  # most of them wait
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
