@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -324,6 +325,26 @@ class TestNeverInTheWay:
             weights.append([parameter.tolist() for parameter in model.parameters()])
         assert repr(weights[0]) == repr(weights[1])
         assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_loop_in_the_docs_runs_and_records_its_batch(tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[1] / "docs" / "flight-recorder.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    known = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "batches": [1.0, 1.0, math.nan],
+        "loss_of": lambda model, batch: model(torch.full((1, 3), batch)).square().sum(),
+    }
+    exec(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], known)
+    (recording,) = map(read_recording, Path("recordings").iterdir())
+    assert (recording.check, recording.batch_id) == (3, 2)
+
+
+def test_the_docs_name_every_field():
+    guide = (Path(__file__).parents[1] / "docs" / "flight-recorder.md").read_text()
+    assert [field.name for field in fields(Recording) if f"`{field.name}`" not in guide] == []
 
 
 class TestSetUp:
