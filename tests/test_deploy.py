@@ -14,12 +14,14 @@ import yaml
 from deploy.kubernetes import prometheusrule
 from deploy.stack import configs, servers
 from esper_telemetry import cli
+from esper_telemetry.exporters import environment
 from esper_telemetry.exporters.address import DEFAULT_PORT
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 PORT = str(DEFAULT_PORT)
+COLLECTOR: dict[str, Any] = yaml.safe_load((DEPLOY / "otel-collector.yaml").read_text())
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in KUBERNETES.glob("*.yaml")}
@@ -183,3 +185,36 @@ def test_the_job_runs_as_nobody() -> None:
     spec = MANIFESTS["job.yaml"]["spec"]["template"]["spec"]
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["restartPolicy"] == "Never"
+
+
+def test_the_collector_uses_what_it_configures() -> None:
+    (pipeline,) = COLLECTOR["service"]["pipelines"].values()
+    for kind in ("receivers", "exporters"):
+        assert pipeline[kind] == list(COLLECTOR[kind])
+    assert {"otlp", "prometheus", "prometheusremotewrite"} == {*COLLECTOR["receivers"], *COLLECTOR["exporters"]}
+
+
+def test_the_collector_listens_on_loopback_where_trainers_push_by_default() -> None:
+    received = COLLECTOR["receivers"]["otlp"]["protocols"]["http"]["endpoint"]
+    assert received == environment.DEFAULT_ENDPOINT.replace("http://localhost", "127.0.0.1")
+    assert COLLECTOR["exporters"]["prometheus"]["endpoint"].startswith("127.0.0.1:")
+
+
+def test_the_collector_gives_metrics_the_names_that_the_rules_know() -> None:
+    exporters = COLLECTOR["exporters"]
+    assert exporters["prometheus"]["translation_strategy"] == "UnderscoreEscapingWithSuffixes"
+    assert exporters["prometheusremotewrite"]["add_metric_suffixes"]
+
+
+def test_the_collector_shows_a_trainer_between_two_pushes_and_no_longer_than_prometheus_would() -> None:
+    expiration = COLLECTOR["exporters"]["prometheus"]["metric_expiration"]
+    standard_interval, lookback = 60, 300
+    assert max(environment.INTERVAL_SECONDS, standard_interval) < 60 * int(expiration.removesuffix("m")) < lookback
+
+
+def test_prometheus_keeps_the_names_of_trainers_behind_a_collector() -> None:
+    jobs = {job["job_name"]: job for job in yaml.safe_load(configs.PROMETHEUS.read_text())["scrape_configs"]}
+    assert jobs["otel-collector"]["honor_labels"]
+    (relabel,) = jobs["otel-collector"]["metric_relabel_configs"]
+    assert relabel["action"] == "labeldrop"
+    assert re.fullmatch(relabel["regex"], "otel_scope_name")
