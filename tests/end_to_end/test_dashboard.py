@@ -1,0 +1,178 @@
+"""Every query of the dashboard finds data on a real Prometheus, or rightly none, and the banner tells states apart."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from deploy.stack import servers
+from grafana import build
+from grafana.panels import STATE_WORDS
+from tests import dashboard
+from tests.end_to_end.stack import Stack, query, read_until, until
+
+BOARD = json.loads(build.DASHBOARD.read_text(encoding="utf-8"))
+QUERIES = {(panel["title"], target["refId"]): target for panel, target in dashboard.targets(BOARD)}
+NO_SCALER = {("AMP loss scale", "A"), ("AMP loss scale", "B")}
+NOTHING_BAD = {
+    ("Worst layers", "A"),
+    ("Worst layers", "B"),
+    ("Worst layers", "C"),
+    ("Worst layers", "D"),
+    ("Where it began", "A"),
+    ("Bad elements per layer, the worst", "A"),
+    ("Bad elements per layer, the worst", "B"),
+    ("Firing alerts", "A"),
+    ("Instances", "D"),  # the first bad layer
+}
+NO_PUSH = {("Faults of our own", "C")}
+FAULT = ("--inject", "nan:7@40:action_net.weight", "--inject", "inf:2@40:action_net.weight", "--on-critical", "skip")
+TRAINERS = {
+    "HEALTHY": (),
+    "WARNING": ("--inject", "inf:2@3:2.weight", "--window", "120"),
+    "NOT MEASURING": ("--pause", "1000"),
+    "GONE": (),
+}
+
+
+class Observed:
+    """A stack that scrapes one run in every state; `instances` tells which is which."""
+
+    def __init__(self, stack, instances):
+        self.stack = stack
+        self.instances = instances
+        (self.prometheus,) = stack.prometheus
+
+    def ask(self, target, **values):
+        """Run a query as Grafana would; the page's window is 5 s here, as in the rules of this stack it is 15 s."""
+        values = {name: "|".join(map(re.escape, value)) for name, value in values.items()}
+        text = dashboard.interpolate(target["expr"], **values).replace("\\", "\\\\")
+        text = text.replace("[20s]", "[5s]").replace("offset 5m", "offset 5s")
+        if target.get("instant"):
+            return query(self.prometheus, text)
+        now = time.time()
+        asked = urllib.parse.urlencode({"query": text, "start": now - 60, "end": now, "step": 1})
+        with urllib.request.urlopen(f"{self.prometheus.url}/api/v1/query_range?{asked}", timeout=10) as response:
+            return json.load(response)["data"]["result"]
+
+    def state(self, *names, **values):
+        """Return the state that the banner shows for these instances, None for no data."""
+        chosen = [self.instances[name] for name in names]
+        result = self.ask(QUERIES["State", "A"], instance=chosen, **values)
+        return STATE_WORDS[result[0]["value"][1]][0] if result else None
+
+    def without_data(self, *names):
+        """Return the queries that find nothing for these instances."""
+        chosen = [self.instances[name] for name in names]
+        return {key for key, target in QUERIES.items() if not self.ask(target, instance=chosen)}
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory):
+    with ExitStack() as exit_:
+        stack = exit_.enter_context(Stack(tmp_path_factory.mktemp("dashboard")))
+        runs = {name: exit_.enter_context(stack.trainer(*arguments)) for name, arguments in TRAINERS.items()}
+        urls = {name: run.url for name, run in runs.items()} | {"CRITICAL": exit_.enter_context(ppo(stack.folder))}
+        stack.list_trainers(*urls.values())
+        for url in urls.values():
+            stack.wait_until_scraped(url)
+        read_until(runs["GONE"], 3)
+        runs["GONE"].send_signal(signal.SIGKILL)
+        yield Observed(stack, {name: url.removeprefix("http://") for name, url in urls.items()})
+
+
+class ppo:
+    """Run the reference job with a fault, for as long as the block lasts."""
+
+    def __init__(self, folder: Path):
+        port = servers.free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        esper = Path(sys.executable).with_name("esper")
+        listen = ("--listen-address", f"127.0.0.1:{port}", "--linger", "0")
+        self._command = [esper, "ppo", "--episodes", "100000", *listen, *FAULT]
+        self._log = folder / "ppo.log"
+
+    def __enter__(self):
+        with self._log.open("wb") as log:
+            self._run = subprocess.Popen(self._command, stdout=log, stderr=log)
+        return self.url
+
+    def __exit__(self, *error):
+        self._run.kill()
+        self._run.wait()
+
+
+@pytest.mark.parametrize("name", [*TRAINERS, "CRITICAL"])
+def test_the_banner_shows_the_state_of_each_run(observed, name):
+    until(f"the run that is {name} is shown so", lambda: observed.state(name) == name)
+
+
+def test_the_banner_shows_the_worst_of_several(observed):
+    until("the worst is critical", lambda: observed.state(*observed.instances) == "CRITICAL")
+    until("gone is worse", lambda: observed.state("HEALTHY", "WARNING", "GONE") == "GONE")
+
+
+def test_the_banner_of_nothing_has_no_state(observed):
+    assert observed.ask(QUERIES["State", "A"], instance=["no such instance"]) == []
+    assert observed.ask(QUERIES["NaN", "A"], instance=["no such instance"]) == []
+    assert observed.state(*observed.instances, run_id=["no such run"]) is None
+
+
+def test_every_query_finds_data_where_a_run_has_a_fault(observed):
+    until("all but the scaler's have data", lambda: observed.without_data("CRITICAL") == NO_SCALER | NO_PUSH)
+
+
+def test_every_query_finds_data_for_all_instances_at_once(observed):
+    until("all but the scaler's have data", lambda: observed.without_data(*observed.instances) == NO_SCALER | NO_PUSH)
+
+
+def test_a_healthy_run_has_no_bad_layers_and_no_alerts(observed):
+    no_ppo = {key for key, target in QUERIES.items() if "esper_ppo" in target["expr"] or "esper_head" in target["expr"]}
+    expected = NO_SCALER | NO_PUSH | NOTHING_BAD | no_ppo
+    until("nothing else is missing", lambda: observed.without_data("HEALTHY") == expected)
+
+
+def test_the_banner_counts_and_names_the_layer(observed):
+    critical = {"instance": [observed.instances["CRITICAL"]]}
+    until("the count is there", lambda: observed.ask(QUERIES["NaN", "A"], **critical))
+    for title, count in (("NaN", "7"), ("NaN tier", "7"), ("Inf", "2"), ("Inf tier", "2")):
+        assert observed.ask(QUERIES[title, "A"], **critical)[0]["value"][1] == count
+    (origin,) = observed.ask(QUERIES["First bad layer, last bad check", "A"], **critical)
+    assert origin["metric"]["layer"] == "action_net.weight"
+    assert time.time() - 120 < float(origin["value"][1]) / 1000 < time.time()
+    until("the alert has begun", lambda: float(observed.ask(QUERIES["Bad since", "A"], **critical)[0]["value"][1]) > 0)
+
+
+def test_a_healthy_run_counts_0_and_names_none(observed):
+    healthy = {"instance": [observed.instances["HEALTHY"]]}
+    until("the count is there", lambda: observed.ask(QUERIES["NaN", "A"], **healthy))
+    for title in ("NaN", "Inf", "Alerts firing", "Bad since", "First bad layer, last bad check"):
+        assert [found["value"][1] for found in observed.ask(QUERIES[title, "A"], **healthy)] == ["0"]
+    (origin,) = observed.ask(QUERIES["First bad layer, last bad check", "A"], **healthy)
+    assert origin["metric"] == {"layer": "none"}
+
+
+def test_the_worst_instance_is_on_top_and_every_instance_has_its_run(observed):
+    states = observed.ask(QUERIES["Instances", "A"])
+    assert {found["metric"]["instance"] for found in states} == set(observed.instances.values())
+    runs = {found["metric"]["instance"]: found["metric"]["run_id"] for found in observed.ask(QUERIES["Instances", "F"])}
+    assert runs.keys() == set(observed.instances.values())
+    chosen = {"run_id": [runs[observed.instances["WARNING"]]]}
+    assert observed.state(*observed.instances, **chosen) == "WARNING"
+    (only,) = observed.ask(QUERIES["Instances", "A"], **chosen)
+    assert only["metric"]["instance"] == observed.instances["WARNING"]
+
+
+def test_a_spike_shorter_than_a_point_is_drawn(observed):
+    """Zoom out until one point of the graph stands for a minute: the critical check is still there."""
+    target = QUERIES["Inf and NaN in one check", "B"]
+    text = dashboard.interpolate(target["expr"], instance=".+", __rate_interval="65s")
+    until("the spike is in the one point", lambda: query(observed.prometheus, text)[0]["value"][1] == "7")
