@@ -117,6 +117,12 @@ def _add_ppo(commands: _Commands) -> None:
         metavar="DIR",
         help="record the first bad check of each episode of trouble in a file in DIR, for `esper report`",
     )
+    ppo.add_argument(
+        "--web.config.file",
+        dest="web_config_file",
+        metavar="FILE",
+        help="serve with TLS and passwords as FILE says, in the format that Prometheus's exporters share",
+    )
     ppo.add_argument("--allow-drill", action="store_true", help="let `esper drill` on this host show a made-up value")
     ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
 
@@ -176,6 +182,7 @@ def _ppo(options: argparse.Namespace) -> int:
                 textfile_dir=options.textfile_dir,
                 record_dir=options.record_dir,
                 otlp_endpoint=options.otlp_endpoint,
+                web_config_file=options.web_config_file,
                 allow_drill=options.allow_drill,
             )
         )

@@ -112,6 +112,11 @@ PPO_EPISODES = _counter("esper_ppo_episodes_total", "Episodes finished.", "{epis
 COLLECT_ERRORS = _counter(
     "esper_exporter_collect_errors_total", "Pages that could not be built from the snapshot.", "{error}"
 )
+WEB_CONFIG_RELOAD_FAILURES = _counter(
+    "esper_web_config_reload_failures_total",
+    "Changes of the web config that were no good; the old one stayed.",
+    "{reload}",
+)
 OTLP_EXPORT_FAILURES = _counter(
     "esper_otlp_export_failures_total", "Pushes over OTLP that did not arrive; only OTLP shows it.", "{push}"
 )

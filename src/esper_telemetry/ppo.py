@@ -47,6 +47,7 @@ class Options:
     textfile_dir: str | None = None
     record_dir: str | None = None
     otlp_endpoint: str | None = None
+    web_config_file: str | None = None
     allow_drill: bool = False
 
 
@@ -177,10 +178,12 @@ class PPOJob:
                 self._options.listen_address,
                 linger=self._options.linger,
                 allow_drill=self._options.allow_drill,
+                web_config_file=self._options.web_config_file,
             )
         except (ValueError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ValueError(f"--listen-{reason}") from None  # the reason begins with "address:"
+            reason = str(error.strerror if isinstance(error, OSError) else error)
+            option = re.sub("^web_config_file:", "--web.config.file:", re.sub("^address:", "--listen-address:", reason))
+            raise ValueError(option) from None
 
     def _write_textfile(self, directory: str) -> TextfileExporter:
         try:

@@ -9,14 +9,17 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from ipaddress import ip_address
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from esper_telemetry import metrics
 from esper_telemetry.exporters.address import default_address, parse_address
 from esper_telemetry.exporters.drill import Drill
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
@@ -25,28 +28,43 @@ from esper_telemetry.exporters.samples import Sample, Source
 from esper_telemetry.exporters.server import HttpServer, Request, Response
 from esper_telemetry.snapshot import Snapshot
 
+if TYPE_CHECKING:
+    from esper_telemetry.exporters.access import Access
+
 logger = logging.getLogger("esper_telemetry")
 
 _GZIP_ABOVE = 1024
+_STALE_SECONDS = 1.0
+_MAX_PAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    built: float
+    response: Response
 
 
 class Exporter:
     """Serve a monitor's snapshot over HTTP until `close()`, or until the process ends."""
 
-    def __init__(self, source: Source, address: str, linger: float, allow_drill: bool) -> None:
+    def __init__(self, source: Source, address: str, linger: float, allow_drill: bool, access: Access | None) -> None:
         self._source = source
+        self._access = access
         self._allow_drill = allow_drill
         self._drill: Drill | None = None
         self._linger_seconds = linger
         self._registry = CollectorRegistry()
-        self._registry.register(EsperCollector(source, drill=self._drill_samples))
+        self._registry.register(EsperCollector(source, more=self._own_samples))
+        self._pages: dict[tuple[str, bool], _Page] = {}
         self._shown: Snapshot = source.snapshot
         self._scraped = threading.Event()
         self._pid = os.getpid()
         self._closed = False
         self._socket = _listen(address)
-        self.url = _url(self._socket)
-        self._server = HttpServer(self._socket, self._respond)
+        self.url = _url(self._socket, secure=access is not None and access.context is not None)
+        if access is None or access.open_to_all:
+            _warn_if_open(self._socket)
+        self._server = HttpServer(self._socket, self._respond, access)
         _open.add(self)
         at_exit(self.close)
 
@@ -114,18 +132,37 @@ class Exporter:
             return Response(400, f"{error}\n".encode())
         return Response(200, b"the drill has begun\n")
 
-    def _drill_samples(self) -> Iterable[Sample]:
-        return () if self._drill is None else self._drill.samples()
+    def _own_samples(self) -> Iterator[Sample]:
+        # There from the start and without a web config too: the first failure of a new series would be no increase.
+        failures = 0 if self._access is None else self._access.reload_failures
+        yield Sample(metrics.WEB_CONFIG_RELOAD_FAILURES, (), failures)
+        if self._drill is not None:
+            yield from self._drill.samples()
 
     def _page(self, request: Request) -> Response:
+        zipped = "gzip" in request.headers.get("accept-encoding", "")
+        key = (request.headers.get("accept", ""), zipped)
+        page = self._pages.get(key) if self._server.strained else None
+        if page is None or time.monotonic() - page.built > _STALE_SECONDS:
+            page = self._build(*key)
+            self._keep(key, page)
+        return page.response
+
+    def _build(self, accept: str, zipped: bool) -> _Page:
         snapshot = self._source.snapshot  # the page is built after this, so it shows at least as much
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        page = encode(self._registry)
+        encode, content_type = choose_encoder(accept)
+        body = encode(self._registry)
         headers: tuple[tuple[str, str], ...] = (("Vary", "Accept, Accept-Encoding"),)
-        if "gzip" in request.headers.get("accept-encoding", "") and len(page) > _GZIP_ABOVE:
-            page = gzip.compress(page, compresslevel=1)
+        if zipped and len(body) > _GZIP_ABOVE:
+            body = gzip.compress(body, compresslevel=1)
             headers += (("Content-Encoding", "gzip"),)
-        return Response(200, page, content_type, headers, sent=partial(self._sent, snapshot))
+        return _Page(time.monotonic(), Response(200, body, content_type, headers, sent=partial(self._sent, snapshot)))
+
+    def _keep(self, key: tuple[str, bool], page: _Page) -> None:
+        """Keep the page for a moment in which too many ask; what they accept comes in a few ways only."""
+        if key not in self._pages and len(self._pages) >= _MAX_PAGES:
+            self._pages.clear()
+        self._pages[key] = page
 
     def _sent(self, snapshot: Snapshot) -> None:
         self._shown = snapshot
@@ -138,7 +175,12 @@ class Exporter:
 
 
 def start_exporter(
-    source: Source, address: str | None = None, *, linger: float = 20.0, allow_drill: bool = False
+    source: Source,
+    address: str | None = None,
+    *,
+    linger: float = 20.0,
+    allow_drill: bool = False,
+    web_config_file: str | os.PathLike[str] | None = None,
 ) -> Exporter:
     """Serve `source.snapshot` at `address` and return the exporter.
 
@@ -146,10 +188,22 @@ def start_exporter(
     address: HOST:PORT; port 0 picks a free one. Default: 127.0.0.1:19301, plus LOCAL_RANK under torchrun.
     linger: at exit, seconds to stay up at most until a bad check that was not scraped yet is.
     allow_drill: let `esper drill`, on this host, show a made-up critical value that is labelled as a drill.
+    web_config_file: TLS and passwords in the format of Prometheus's exporters; followed when it changes.
 
-    Raise ValueError when the address is none, OSError when it cannot be listened on.
+    Raise ValueError when the address is none or the web config no good, OSError when the address cannot be listened
+    on, ImportError when there is a web config and the extra `server` is not installed.
     """
-    return Exporter(source, default_address() if address is None else address, linger, allow_drill)
+    access = None if web_config_file is None else _access(web_config_file)
+    return Exporter(source, default_address() if address is None else address, linger, allow_drill, access)
+
+
+def _access(web_config_file: str | os.PathLike[str]) -> Access:
+    from esper_telemetry.exporters.access import Access  # needs the extra
+
+    try:
+        return Access(web_config_file)
+    except ValueError as error:
+        raise ValueError(f"web_config_file: {error}") from None
 
 
 def _listen(address: str) -> socket.socket:
@@ -162,9 +216,18 @@ def _listen(address: str) -> socket.socket:
         raise OSError(error.errno, f"address: expected one to listen on, got {address!r}: {reason}") from None
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, secure: bool) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if secure else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _warn_if_open(listener: socket.socket) -> None:
+    if not ip_address(listener.getsockname()[0]).is_loopback:
+        logger.warning(
+            "esper: %s can be read by everyone who reaches it; a web config file adds TLS and passwords",
+            _url(listener, secure=False),
+        )
 
 
 _open: weakref.WeakSet[Exporter] = weakref.WeakSet()

@@ -25,7 +25,7 @@ class EsperCollector(Collector):
     page that says so in `esper_exporter_collect_errors_total`, never an exception.
 
     labels: stand on every series, where neither a scrape nor a resource says whose they are.
-    drill: gives the samples of a drill, while there is one.
+    more: gives samples that are not from the snapshot.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class EsperCollector(Collector):
         source: Source,
         *,
         labels: Mapping[str, str] | None = None,
-        drill: Callable[[], Iterable[Sample]] = tuple,
+        more: Callable[[], Iterable[Sample]] = tuple,
     ) -> None:
         self._source = source
         self._labels = labels or {}
-        self._drill = drill
+        self._more = more
         self._errors = 0
 
     def describe(self) -> Iterable[Family]:
@@ -47,7 +47,7 @@ class EsperCollector(Collector):
     def collect(self) -> Iterator[Family]:
         """Build the families anew from the snapshot."""
         try:
-            families = self._families(chain(read_samples(self._source.snapshot), self._drill()))
+            families = self._families(chain(read_samples(self._source.snapshot), self._more()))
         except Exception:
             if self._errors == 0:
                 logger.exception("esper: no page could be built; this is counted and not logged again")

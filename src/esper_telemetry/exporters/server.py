@@ -1,7 +1,8 @@
-"""A small HTTP/1.1 server: one thread, bounded connections, and a deadline on everything a client may delay.
+"""A small HTTP/1.1 server: one thread, bounded connections, bounded work, and a deadline on what a client may delay.
 
 The standard library's threading server gives every idle client a thread and lets a silent one block; here all clients
-share one event loop, h11 reads their requests, and the longest idle one makes room for a new one.
+share one event loop, h11 reads their requests, and the longest idle one makes room for a new one. A scraper sends the
+same bytes each time, so a request that was read before is known by its bytes.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any, Protocol
 
 import h11
+
+from esper_telemetry.exporters.pace import PacedSelector
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -22,7 +29,12 @@ REQUEST_SECONDS = 10.0
 IDLE_SECONDS = 90.0
 """How long a connection is kept between requests; above the usual scrape intervals."""
 
+FOLLOW_SECONDS = 0.5
+"""How often the guard may look whether its rules have changed."""
+
+_GOODBYE_SECONDS = 1.0
 _MAX_HEADER_BYTES = 16 * 1024
+_MAX_KNOWN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +59,60 @@ class Response:
     sent: Callable[[], None] = lambda: None
 
 
+class Guard(Protocol):
+    """Say who may ask."""
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """Return the TLS context for the next client, None for plain HTTP."""
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the headers that every answer carries."""
+
+    def may_enter(self, certificate: dict[str, Any] | None) -> bool:
+        """Tell whether a client with this certificate may ask at all."""
+
+    async def refusal(self, request: Request) -> Response | None:
+        """Return the answer to a request that is refused, None where it is not."""
+
+    def follow(self) -> None:
+        """Look whether the rules have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Hold what was read; `last` says that the connection ends with the answer."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    last: bool
+
+
 class HttpServer:
     """Answer requests on a listening socket in a thread of its own until `stop()`."""
 
-    def __init__(self, listener: socket.socket, respond: Callable[[Request], Response]) -> None:
+    def __init__(
+        self, listener: socket.socket, respond: Callable[[Request], Response], guard: Guard | None = None
+    ) -> None:
         self._listener = listener
         self._respond = respond
+        self._guard = guard
         self._clients: dict[asyncio.Task[None], None] = {}  # the longest idle one first
-        self._loop = asyncio.new_event_loop()
+        self._known: dict[bytes, _Asked] = {}
+        self._pace = PacedSelector()
+        self._loop = asyncio.SelectorEventLoop(self._pace)
         self._serving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="esper-exporter", daemon=True)
         self._thread.start()
         self._serving.wait()
+
+    @property
+    def strained(self) -> bool:
+        """Tell whether so much is asked that work is to be saved."""
+        return self._pace.strained
 
     def stop(self) -> None:
         """Drop every client and free the port."""
@@ -74,9 +128,17 @@ class HttpServer:
         server = await asyncio.start_server(self._accept, sock=self._listener, backlog=MAX_CONNECTIONS)
         self._serving.set()
         async with server:
-            await self._stopping.wait()
+            await self._follow_until_stopped()
             for task in tuple(self._clients):
                 task.cancel()
+
+    async def _follow_until_stopped(self) -> None:
+        while not self._stopping.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if self._guard is None else FOLLOW_SECONDS):
+                    await self._stopping.wait()
+            if self._guard is not None:
+                self._guard.follow()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -84,14 +146,34 @@ class HttpServer:
         if len(self._clients) >= MAX_CONNECTIONS:
             next(iter(self._clients)).cancel()
         self._clients[task] = None
-        writer.transport.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
+        wire = writer.transport
+        wire.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
         try:
-            await _Connection(reader, writer, self._respond).serve(on_request=lambda: self._touch(task))
-        except (TimeoutError, ConnectionError, h11.ProtocolError, asyncio.CancelledError):
-            writer.transport.abort()
-        finally:
-            self._clients.pop(task, None)
+            if await self._let_in(writer):
+                connection = _Connection(reader, writer, wire, self._known, self._guarded)
+                await connection.serve(on_request=lambda: self._touch(task))
             writer.close()
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await writer.wait_closed()
+        except (TimeoutError, OSError, asyncio.CancelledError):
+            pass
+        finally:
+            wire.abort()
+            self._clients.pop(task, None)
+
+    async def _let_in(self, writer: asyncio.StreamWriter) -> bool:
+        if self._guard is None or self._guard.context is None:
+            return True
+        await writer.start_tls(self._guard.context, ssl_handshake_timeout=REQUEST_SECONDS)
+        writer.transport.set_write_buffer_limits(high=0)
+        return self._guard.may_enter(writer.get_extra_info("peercert"))
+
+    async def _guarded(self, request: Request) -> Response:
+        refusal = None if self._guard is None else await self._guard.refusal(request)
+        response = self._respond(request) if refusal is None else refusal
+        if self._guard is None or not self._guard.headers:
+            return response
+        return replace(response, headers=(*response.headers, *self._guard.headers))
 
     def _touch(self, task: asyncio.Task[None]) -> None:
         if task in self._clients:
@@ -102,74 +184,103 @@ class _Connection:
     """Answer one client's requests, one after the other."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, respond: Callable[[Request], Response]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        wire: asyncio.WriteTransport,
+        known: dict[bytes, _Asked],
+        respond: Callable[[Request], Awaitable[Response]],
     ) -> None:
         self._reader = reader
         self._writer = writer
+        self._wire = wire  # what lies below TLS
+        self._known = known
         self._respond = respond
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADER_BYTES)
+        self._client = writer.get_extra_info("peername")[0]
+        self._read = b""  # what has come and was not asked for yet
 
     async def serve(self, on_request: Callable[[], None]) -> None:
         while True:
             try:
-                request = await self._next_request()
+                asked = await self._next_request()
             except h11.RemoteProtocolError as error:
-                await self._refuse(error.error_status_hint)
+                await self._send(Response(error.error_status_hint, b"bad request\n"), last=True)
                 return
-            if request is None:
+            if asked is None:
                 return
             on_request()
-            await self._answer(request)
-            if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+            request = Request(asked.method, asked.path, asked.query, asked.headers, self._client)
+            await self._send(await self._respond(request), asked.last, with_body=asked.method != "HEAD")
+            if asked.last:
                 return
-            self._http.start_next_cycle()
 
-    async def _next_request(self) -> h11.Request | None:
+    async def _next_request(self) -> _Asked | None:
         """Read up to the end of a request; a client may be idle before it, but not dawdle in it."""
-        request: h11.Request | None = None
-        async with asyncio.timeout(REQUEST_SECONDS if self._http.trailing_data[0] else IDLE_SECONDS) as limit:
-            started = False
-            while True:
-                event = self._http.next_event()
-                if event is h11.NEED_DATA:
-                    self._http.receive_data(await self._reader.read(_MAX_HEADER_BYTES))
-                    if not started:
-                        started = True
-                        limit.reschedule(asyncio.get_running_loop().time() + REQUEST_SECONDS)
-                elif isinstance(event, h11.Request):
-                    request = event
-                elif isinstance(event, h11.EndOfMessage):
-                    return request
-                elif not isinstance(event, h11.Data):
-                    return None
-
-    async def _answer(self, request: h11.Request) -> None:
-        path, _, query = request.target.decode("ascii").partition("?")
-        headers = {name.decode("ascii"): value.decode("latin-1") for name, value in request.headers}
-        client = self._writer.get_extra_info("peername")[0]
-        response = self._respond(Request(request.method.decode("ascii"), path, query, headers, client))
-        await self._send(response, with_body=request.method != b"HEAD")
-
-    async def _refuse(self, status: int) -> None:
-        if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            await self._send(Response(status, b"bad request\n", headers=(("Connection", "close"),)))
-
-    async def _send(self, response: Response, with_body: bool = True) -> None:
-        head = h11.Response(
-            status_code=response.status,
-            headers=[
-                ("Content-Type", response.content_type),
-                ("Content-Length", str(len(response.body))),
-                ("X-Content-Type-Options", "nosniff"),
-                *response.headers,
-            ],
-        )
-        out = self._http.send(head) or b""
-        if with_body:
-            out += self._http.send(h11.Data(response.body)) or b""
-        out += self._http.send(h11.EndOfMessage()) or b""
-        self._writer.write(out)
+        if not self._read:
+            async with asyncio.timeout(IDLE_SECONDS):
+                self._read = await self._reader.read(_MAX_HEADER_BYTES)
+        asked = self._known.get(self._read)
+        if asked is not None:
+            self._read = b""
+            return asked
         async with asyncio.timeout(REQUEST_SECONDS):
-            await self._writer.drain()
+            return await self._parse()
+
+    async def _parse(self) -> _Asked | None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADER_BYTES)
+        first = self._read
+        request: h11.Request | None = None
+        http.receive_data(first)
+        whole = True
+        while not isinstance(event := http.next_event(), h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                http.receive_data(await self._reader.read(_MAX_HEADER_BYTES))
+                whole = False
+            elif isinstance(event, h11.Request):
+                request = event
+            elif not isinstance(event, h11.Data):
+                return None
+        assert request is not None
+        self._read = http.trailing_data[0]
+        asked = _asked(request, last=http.their_state is not h11.DONE)
+        if whole and not self._read and not asked.last:
+            self._remember(first, asked)
+        return asked
+
+    def _remember(self, read: bytes, asked: _Asked) -> None:
+        """Know the request by its bytes from now on; of too many, forget the oldest."""
+        while len(self._known) >= _MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[read] = asked
+
+    async def _send(self, response: Response, last: bool, with_body: bool = True) -> None:
+        self._writer.write(_head(response, last) + (response.body if with_body else b""))
+        if self._wire.get_write_buffer_size() or self._writer.transport.get_write_buffer_size():
+            await self._drain()
         if with_body:
             response.sent()
+
+    async def _drain(self) -> None:
+        async with asyncio.timeout(REQUEST_SECONDS):
+            await self._writer.drain()
+            while self._wire.get_write_buffer_size():  # TLS calls its data written when it is encrypted
+                await asyncio.sleep(0.01)
+
+
+def _asked(request: h11.Request, last: bool) -> _Asked:
+    path, _, query = request.target.decode("ascii").partition("?")
+    headers = {name.decode("ascii"): value.decode("latin-1") for name, value in request.headers}
+    return _Asked(request.method.decode("ascii"), path, query, headers, last)
+
+
+def _head(response: Response, last: bool) -> bytes:
+    headers = {
+        "Content-Type": response.content_type,
+        "Content-Length": len(response.body),
+        "X-Content-Type-Options": "nosniff",
+        **dict(response.headers),
+        **({"Connection": "close"} if last else {}),
+    }
+    fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    status = HTTPStatus(response.status)
+    return f"HTTP/1.1 {status.value} {status.phrase}\r\n{fields}\r\n".encode("latin-1")

@@ -1,0 +1,43 @@
+"""A bound on the processor time of an event loop, whatever is thrown at it."""
+
+from __future__ import annotations
+
+import selectors
+import time
+
+SHARE = 0.02
+"""How much of one core the loop may take in the long run."""
+
+BURST_SECONDS = 0.1
+"""How much processor time it may take at once, after a quiet while."""
+
+_SHORTEST_REST = 0.01  # so that what comes meanwhile is handled together
+_LONGEST_REST = 1.0
+
+
+class PacedSelector(selectors.DefaultSelector):
+    """Rest between two rounds of an event loop, so that it takes no more than its share of one core.
+
+    While the loop rests, what clients do waits in the kernel: it costs nothing, and each of them has its turn in the
+    next round. A loop that is not busy never rests.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._used = 0.0
+        self._paid_until = 0.0
+
+    @property
+    def strained(self) -> bool:
+        """Tell whether more than half of what the loop may take at once is used up."""
+        return self._paid_until - time.monotonic() > BURST_SECONDS / SHARE / 2
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Rest for what the last round has cost, then wait for events as usual."""
+        now = time.monotonic()
+        before, self._used = self._used, time.thread_time()
+        self._paid_until = max(self._paid_until, now) + (self._used - before) / SHARE
+        over = self._paid_until - now - BURST_SECONDS / SHARE
+        if over > 0:
+            time.sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
+        return super().select(timeout)
