@@ -92,11 +92,21 @@ class OtlpSender:
 
 
 class _Session(requests.Session):
-    """Prefer OTEL_EXPORTER_OTLP_CERTIFICATE to REQUESTS_CA_BUNDLE; requests itself does not."""
+    """Prefer OTEL_EXPORTER_OTLP_CERTIFICATE to REQUESTS_CA_BUNDLE, and see that a redirection is no delivery."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks = {"response": [_refuse_redirection]}
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> dict[str, Any]:
         verify = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
+
+
+def _refuse_redirection(response: requests.Response, *_: object, **__: object) -> None:
+    if 300 <= response.status_code < 400:
+        place = response.headers.get("Location", "nowhere")
+        raise requests.RequestException(f"it answered {response.status_code}, moved to {place}")
 
 
 class _SdkLog(logging.Filter):
