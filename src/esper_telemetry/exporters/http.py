@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -23,9 +22,11 @@ from esper_telemetry import metrics
 from esper_telemetry.exporters.address import default_address, parse_address
 from esper_telemetry.exporters.drill import Drill
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
+from esper_telemetry.exporters.page import PAGE, PAGE_HEADERS
 from esper_telemetry.exporters.prometheus import EsperCollector
 from esper_telemetry.exporters.samples import Sample, Source
 from esper_telemetry.exporters.server import HttpServer, Request, Response
+from esper_telemetry.exporters.status import status_json
 from esper_telemetry.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ class Exporter:
             case "/metrics":
                 return self._page(request)
             case "/":
-                return Response(200, _LANDING.encode(), "text/html; charset=utf-8")
+                return Response(200, PAGE, "text/html; charset=utf-8", PAGE_HEADERS)
+            case "/api/v1/status":
+                status = status_json(self._source.snapshot)
+                return Response(200, status, "application/json", (("Cache-Control", "no-store"),))
             case "/-/healthy":
                 return Response(200, b"healthy\n")
             case "/-/ready":
@@ -236,22 +240,8 @@ _open: weakref.WeakSet[Exporter] = weakref.WeakSet()
 def _let_go_in_child() -> None:
     """Close a forked child's copy of the listening sockets: it neither serves nor holds the port."""
     for exporter in _open:
-        exporter._socket.close()
+        exporter._server.let_go()
     _open.clear()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
-
-_LANDING = f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>esper-telemetry</title>
-<h1>esper-telemetry {version("esper-telemetry")}</h1>
-<p>Numerical health of this run's gradients.</p>
-<ul>
-<li><a href="/metrics">Metrics</a></li>
-<li><a href="/-/healthy">Healthy</a>: the exporter answers</li>
-<li><a href="/-/ready">Ready</a>: at least one check was made</li>
-</ul>
-</html>
-"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -100,7 +101,7 @@ class HttpServer:
         self._listener = listener
         self._respond = respond
         self._guard = guard
-        self._clients: dict[asyncio.Task[None], None] = {}  # the longest idle one first
+        self._clients: dict[asyncio.Task[None], asyncio.WriteTransport] = {}  # the longest idle one first
         self._known: dict[bytes, _Asked] = {}
         self._pace = PacedSelector()
         self._loop = asyncio.SelectorEventLoop(self._pace)
@@ -118,6 +119,15 @@ class HttpServer:
         """Drop every client and free the port."""
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(REQUEST_SECONDS)
+
+    def let_go(self) -> None:
+        """Give up, in a forked child, its copies of the sockets, so that they end when the parent closes them."""
+        self._listener.close()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for wire in self._clients.values():
+            if (copy := wire.get_extra_info("socket").fileno()) >= 0:
+                os.dup2(nothing, copy, inheritable=False)  # the number stays taken: the event loop's copy will close it
+        os.close(nothing)
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -145,8 +155,7 @@ class HttpServer:
         assert task is not None
         if len(self._clients) >= MAX_CONNECTIONS:
             next(iter(self._clients)).cancel()
-        self._clients[task] = None
-        wire = writer.transport
+        self._clients[task] = wire = writer.transport
         wire.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
         try:
             if await self._let_in(writer):
