@@ -94,13 +94,12 @@ def test_the_clean_neighbours_of_the_origin_follow_the_order_of_arrival(tmp_path
     model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(5)))
     monitor = GradientMonitor(model, record_dir=tmp_path)
     model(torch.ones(1, 3)).sum().backward()
-    for layer in (1, 3):
+    for layer in (1, 2):
         model[layer].weight.grad[0, 0] = math.nan
     monitor.update()
     recording = read_recording(next(tmp_path.iterdir()))
-    assert (recording.origin_layer, recording.clean_before, recording.clean_after) == (
-        *("3.weight", "4.weight", "2.weight"),
-    )
+    found = recording.origin_layer, recording.clean_before, recording.clean_after
+    assert found == ("2.weight", "3.weight", "0.weight")
 
 
 def test_where_everything_is_bad_there_is_no_clean_neighbour(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from esper_telemetry.cli import main
@@ -133,6 +133,9 @@ class TestSparkline:
         assert "!" in sparkline([1.0] * 100 + [math.nan] + [1.0] * 155, 30)
 
 
+@example([1.1e307, 1.7e308], 1)
+@example([5e-324, 1.0], 1)
+@example([-1.7e308, 1.7e308], 1)
 @given(st.lists(st.none() | st.floats(), min_size=1, max_size=40), st.integers(1, 60))
 def test_whatever_was_measured_can_be_drawn(values, width):
     assert len(sparkline(values, width)) <= width

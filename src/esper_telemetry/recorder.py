@@ -260,7 +260,7 @@ def _clean_neighbours(snapshot: Snapshot, order: Sequence[int]) -> tuple[str | N
     bad = {layer.layer_name for layer in snapshot.layers}
     reached = [names[index] for index in by_arrival(range(len(names)), order) if norms[index] is not None]
     place = reached.index(snapshot.origin_layer or "")
-    before = next((name for name in reversed(reached[:place]) if name not in bad), None)
+    before = reached[place - 1] if place else None  # whatever came before the first bad one is clean
     return before, next((name for name in reached[place:] if name not in bad), None)
 
 
