@@ -124,4 +124,4 @@ def _bar(bucket: Sequence[float], finite: Iterable[float]) -> str:
     if 0 < low < high / 10:
         low, high, value = math.log(low), math.log(high), math.log(value)
     share = (value - low) / (high - low) if low < high else 0.5
-    return _BARS[min(len(_BARS) - 1, int(share * len(_BARS)))]
+    return _BARS[min(len(_BARS) - 1, int(max(0.0, min(1.0, share)) * len(_BARS)))]
