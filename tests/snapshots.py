@@ -46,6 +46,7 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         inf=before.inf.after(inf, timestamp, "policy.weight"),
         nan=before.nan.after(nan, timestamp, "policy.weight"),
         recent=before.recent.after(NOW, layers, 1),
+        history=before.history.after(NOW, timestamp, inf, nan, "policy.weight"),
         amp=AmpState(scale=1024.0, skips=3, consecutive_skips=2, warm=True),
         skipped_updates={"amp": 3, "intervention": 0},
         monitor_seconds=0.25,

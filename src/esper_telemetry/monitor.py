@@ -355,6 +355,9 @@ class GradientMonitor:
             timestamp=check.timestamp,
             layer_names=check.names,
             layer_norms=found.norms,
+            history=before.history.after(
+                time.monotonic(), check.timestamp, found.inf_count, found.nan_count, news.get("origin_layer")
+            ),
             monitor_seconds=self._seconds + time.perf_counter() - started,
             **news,
         )
@@ -487,7 +490,9 @@ def watch(
 
 
 def _optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    """List the optimizers, and see through wrappers such as those of Accelerate and Lightning."""
+    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    given = [getattr(each, "optimizer", each) for each in given]
     for each in given:
         if not isinstance(each, Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from esper_telemetry.health import HealthTier
+from esper_telemetry.history import History
 from esper_telemetry.recent import LayerCounts, RecentWindow
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Snapshot:
     layer_names, layer_norms: all layers, and the norm of each at the last check (None: it had no gradient).
     watched_heads: which layers are in which head; `heads` reads them.
     dead_layers, exploding_layers: as of the last full statistics, which have a slower cadence than checks.
+    history: the last minutes in slots, and how trouble began.
     amp: the GradScaler's state at the last check, None where none is watched.
     monitor_seconds: time spent measuring so far.
     """
@@ -86,6 +88,7 @@ class Snapshot:
     inf: KindHistory
     nan: KindHistory
     recent: RecentWindow
+    history: History
     skipped_updates: dict[str, int]
     amp: AmpState | None
     monitor_seconds: float
@@ -117,6 +120,7 @@ class Snapshot:
             inf=nothing,
             nan=nothing,
             recent=RecentWindow(recent_window_seconds),
+            history=History(recent_window_seconds),
             skipped_updates={"amp": 0, "intervention": 0},
             amp=None,
             monitor_seconds=0.0,
