@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from grafana import queries as q
-from grafana.panels import CALM, CRITICAL, GREY, ORANGE, RED, STATE_WORDS, WARNING, Panel, Placed, now, number
+from grafana.panels import ALARM, CALM, CRITICAL, GREY, ORANGE, RED, STATE_WORDS, WARNING, Panel, Placed, now, number
 from grafana.queries import latest
 
+NOT_MEASURED = "not measured"
 TIER_WORDS = {"0": ("calm", "transparent")} | {str(count): ("WARNING", "transparent") for count in range(1, CRITICAL)}
 
 
@@ -43,10 +44,12 @@ def _count(kind: str, then: str) -> Panel:
     return number(
         kind,
         f"{kind} elements in the worst single check of the last 5 minutes, of the worst instance: the number that "
-        f"the page is about. Normal is 0. From 1 it is red; above 5 it is critical, and so is the tile below. {then}",
+        "the page is about. Normal is 0, which is shown only where checks were made. From 1 it is red; above 5 it is "
+        f"critical, and so is the tile below. {then}",
         now(q.worst_count(kind.lower())),
-        steps=((None, CALM), (WARNING, RED)),
+        steps=((None, GREY), (0, CALM), (WARNING, RED)),
         unit="locale",
+        no_value=NOT_MEASURED,
     )
 
 
@@ -59,7 +62,8 @@ def _tier(kind: str) -> Panel:
         unit="prefix:CRITICAL ",
         words=TIER_WORDS,
         fill=True,
-        steps=((None, "transparent"), (CRITICAL, RED)),
+        steps=((None, "transparent"), (CRITICAL, ALARM)),
+        no_value=NOT_MEASURED,
     )
 
 
@@ -71,7 +75,7 @@ def _first_bad_layer() -> Panel:
         now(q.origin(), "{{layer}} {{kind}}"),
         unit="dateTimeFromNow",
         words={"0": ("so far", CALM)},
-        steps=((None, CALM), (1, RED)),
+        steps=((None, GREY), (0, CALM), (1, RED)),
         name=True,
         size=28,
     )
@@ -84,7 +88,7 @@ def _bad_since() -> Panel:
         now(q.bad_since()),
         unit="dateTimeFromNow",
         words={"0": ("not now", CALM)},
-        steps=((None, CALM), (1, RED)),
+        steps=((None, GREY), (0, CALM), (1, RED)),
         size=28,
     )
 
@@ -97,7 +101,7 @@ def _last_check() -> Panel:
         now(q.unchecked_seconds()),
         unit="s",
         words={"null+nan": ("never", GREY)},
-        steps=((None, CALM), (120, ORANGE)),
+        steps=((None, GREY), (0, CALM), (120, ORANGE)),
     ).decimals(0)
 
 
@@ -106,5 +110,5 @@ def _alerts() -> Panel:
         "Alerts firing",
         "Alerts on the chosen instances, the watchdog left out. Normal is 0; the row below names them.",
         now(f"count({q.firing()}) or 0 * max({latest('esper_run_info')})"),
-        steps=((None, CALM), (1, RED)),
+        steps=((None, GREY), (0, CALM), (1, RED)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grafana import queries as q
-from grafana.panels import RED, Placed, graph, now, number, query
+from grafana.panels import ALARM, Placed, graph, now, number, query
 from grafana.queries import largest
 
 
@@ -22,7 +22,7 @@ def panels() -> list[Placed]:
         "Latched for the whole run: BAD says that some check of this run found that kind in that head, on any "
         "instance. Normal is clean.",
         now(largest("esper_head_nonfinite_latched", "head", "kind", window=q.WINDOW), "{{head}} {{kind}}"),
-        words={"0": ("clean", "transparent"), "1": ("BAD", RED)},
+        words={"0": ("clean", "transparent"), "1": ("BAD", ALARM)},
         no_value="No heads are watched",
         fill=True,
         name=True,

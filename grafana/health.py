@@ -75,10 +75,8 @@ def _instances() -> Panel:
         "Every chosen instance with its run, the worst first; its name leads to the exporter's own page. Normal is "
         "HEALTHY in every line, and a last check of some seconds ago.",
         cells(f"max by (instance) ({q.state()})", "A"),
-        *(
-            cells(f"max by (instance) ({q.of_run(q.select(q.NONFINITE, matcher))})", ref)
-            for matcher, ref in (('kind="nan"', "B"), ('kind="inf"', "C"))
-        ),
+        cells(q.worst_count("nan", " by (instance)"), "B"),
+        cells(q.worst_count("inf", " by (instance)"), "C"),
         cells(q.origin_per_instance(), "D"),
         cells(q.unchecked_seconds(" by (instance)"), "E"),
         cells(q.run_of_instance(), "F"),

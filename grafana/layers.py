@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from grafana import queries as q
 from grafana.panels import (
+    ALARM,
     KIND_COLOURS,
-    RED,
     Panel,
     Placed,
     cells,
@@ -62,7 +62,7 @@ def _origin_history() -> Panel:
         "The layer nearest the loss that was bad, for as long as its count is shown. Normal is an empty panel; the "
         "first line to begin is the one to look at.",
         query(q.origin_history(), "{{layer}} {{kind}} · {{instance}}"),
-        words={"1": ("bad", RED)},
+        words={"1": ("bad", ALARM)},
         no_value="No bad layer in this time",
     )
 

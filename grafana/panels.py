@@ -17,8 +17,9 @@ from grafana.queries import STATES
 RUNBOOKS = "https://github.com/esper-telemetry/esper-telemetry/blob/main/alerts/runbooks"
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
 CALM = "text"
-GREY = "#6e7077"
+GREY = "#8e9096"
 RED = "red"
+ALARM = "semi-dark-red"  # behind white text
 ORANGE = "orange"
 KIND_COLOURS = {"Inf": ORANGE, "NaN": RED}
 WARNING, CRITICAL = 1, 6  # the least count of each tier
@@ -100,7 +101,7 @@ def graph(
     """Draw values over time; `marks` are dashed lines, and the axis reaches at least up to `top`."""
     panel = _dress(timeseries.Panel(), title, description, queries, unit, no_value)
     panel = panel.show_points(common.VisibilityMode.AUTO).span_nulls(False).line_width(1)
-    panel = panel.fill_opacity(40 if stacked else 8).min(0) if log is None else panel.fill_opacity(0)
+    panel = panel.fill_opacity(40 if stacked else 5).min(0) if log is None else panel.fill_opacity(0)
     panel = panel.legend(_legend(_PLACES[legend])).tooltip(_tooltip())
     if stacked:
         panel = panel.stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL).group("A"))

@@ -20,10 +20,10 @@ STATES = {
     "HEALTHY": "#24603c",
     "ENDED": "#5b6b82",
     "DRILL": "blue",
-    "NOT MEASURING": "#6e7077",
+    "NOT MEASURING": "#585a61",
     "WARNING": "#8f4a00",
-    "GONE": "#44464c",
-    "CRITICAL": "red",
+    "GONE": "#36383d",
+    "CRITICAL": "semi-dark-red",
 }
 """Every state with its colour, the worst last; the position is the state's value in `state()`."""
 
@@ -58,16 +58,15 @@ def happened(metric: str, *by: str, function: str = "increase") -> str:
     return f"sum by ({', '.join(by or ('instance',))}) ({value})"
 
 
-def worst_count(kind: str) -> str:
-    """Return the largest count of any one check of the window that the page uses."""
+def worst_count(kind: str, by: str = "") -> str:
+    """Return the largest count of any one check of the window that the page uses; 0 only where checks were made."""
     counts = select(NONFINITE, f'kind="{kind}"')
-    return f"max({of_run(counts)})"
+    return f"max{by} ({of_run(f'({counts} > 0 or {counts} and on (job, instance) ({_checking()}))')})"
 
 
 def state() -> str:
     """Return each instance's state: the worst of those that hold."""
     real, drill = (f"max_over_time({select(NONFINITE, drill)}[{STEP}])" for drill in ('drill=""', 'drill!=""'))
-    checked = select("esper_last_check_timestamp_seconds")
     down = f"{select('up')} == 0 unless on (job, instance) last_over_time({select('esper_run_ended')}[{MEMORY}]) == 1"
     absent = select("ALERTS", 'alertname="EsperTargetAbsent"', 'alertstate="firing"')
     conditions = {
@@ -76,8 +75,8 @@ def state() -> str:
         "WARNING": f"{real} > 0",
         "DRILL": f"{drill} > 0",
         "ENDED": f"{select('esper_run_ended')} == 1",
-        "HEALTHY": f"{checked} > 0 unless {checked} == {checked} offset {WINDOW}",
-        "NOT MEASURING": checked,
+        "HEALTHY": _checking(),
+        "NOT MEASURING": select("esper_last_check_timestamp_seconds"),
     }
     alternatives = (f"{_CODES[name]} * group by (job, instance) ({holds})" for name, holds in conditions.items())
     return f"({' or '.join(alternatives)}) and on (job, instance) {_known_run()}"
@@ -97,7 +96,7 @@ def origin_per_instance() -> str:
 def bad_since() -> str:
     """Return when the oldest alert on Inf or NaN that is still on began, in milliseconds; 0 where none is."""
     alerts = select("ALERTS_FOR_STATE", f'alertname=~"{NONFINITE_ALERTS}"')
-    return f"1000 * min({of_run(alerts)}) or 0 * max({_measured()})"
+    return f"1000 * min({of_run(alerts)}) or 0 * max({of_run(_checking())})"
 
 
 def unchecked_seconds(by: str = "") -> str:
@@ -167,11 +166,14 @@ def _origins(by: str) -> str:
 
 
 def _no_origin() -> str:
-    return f'label_replace(0 * max({_measured()}), "layer", "none", "", "")'
+    measured = f"{select('esper_last_check_timestamp_seconds')} > 0"
+    return f'label_replace(0 * max({of_run(measured)}), "layer", "none", "", "")'
 
 
-def _measured() -> str:
-    return of_run(f"{select('esper_last_check_timestamp_seconds')} > 0")
+def _checking() -> str:
+    """Return the instances that made a check within the window."""
+    checked = select("esper_last_check_timestamp_seconds")
+    return f"{checked} > 0 unless {checked} == {checked} offset {WINDOW}"
 
 
 def _known_run() -> str:

@@ -66,12 +66,13 @@ def _pace() -> Panel:
 def _faults() -> Panel:
     return graph(
         "Faults of our own",
-        "Pages that could not be built, checks that the monitor failed, pushes over OTLP that failed, and layers that "
-        "have no series because 50 others were worse. Normal is 0 of all.",
+        "Pages that could not be built, checks that the monitor failed, pushes over OTLP and reloads of the web "
+        "configuration that failed, and layers that have no series because 50 others were worse. Normal is 0 of all.",
         query(f"sum({happened('esper_exporter_collect_errors_total')})", "pages not built", "A"),
         query(f"sum({happened('esper_monitor_errors_total')})", "checks failed", "B"),
         query(f"sum({happened('esper_otlp_export_failures_total')})", "pushes failed", "C"),
-        query(f"max({largest('esper_layers_dropped')})", "layers without series", "D"),
+        query(f"sum({happened('esper_web_config_reload_failures_total')})", "reloads failed", "D"),
+        query(f"max({largest('esper_layers_dropped')})", "layers without series", "E"),
         top=1,
     ).decimals(0)
 

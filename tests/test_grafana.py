@@ -16,7 +16,7 @@ from deploy.stack.servers import find
 from esper_telemetry.health import CRITICAL_ABOVE, WARNING_ABOVE
 from esper_telemetry.metrics import METRICS
 from grafana import build
-from grafana.panels import CRITICAL, STATE_WORDS, WARNING
+from grafana.panels import ALARM, CRITICAL, STATE_WORDS, WARNING
 from grafana.queries import STATES
 from tests.dashboard import interpolate, panels, targets
 
@@ -150,8 +150,9 @@ def test_the_tiers_are_those_of_the_code() -> None:
     assert re.findall(r"\) > (\d+)\)", state) == [str(CRITICAL_ABOVE), str(WARNING_ABOVE), str(WARNING_ABOVE)]
     for kind in ("NaN", "Inf"):
         count, tier = (next(p for p in PANELS if p["title"] == name) for name in (kind, f"{kind} tier"))
-        assert steps(count) == [(None, "text"), (WARNING, "red")]
-        assert steps(tier) == [(None, "transparent"), (CRITICAL, "red")]
+        assert steps(count) == [(None, "#8e9096"), (0, "text"), (WARNING, "red")]
+        assert steps(tier) == [(None, "transparent"), (CRITICAL, ALARM)]
+        assert {p["fieldConfig"]["defaults"]["noValue"] for p in (count, tier)} == {"not measured"}
         assert (count["options"]["colorMode"], tier["options"]["colorMode"]) == ("value", "background_solid")
 
 
@@ -162,10 +163,10 @@ def steps(panel: dict[str, Any]) -> list[tuple[float | None, str]]:
 def test_only_healthy_is_green_and_critical_has_a_colour_of_its_own() -> None:
     green = [name for name, colour in STATES.items() if greenest(colour)]
     assert green == ["HEALTHY"]
-    assert [name for name, colour in STATES.items() if colour == "red"] == ["CRITICAL"]
+    assert [name for name, colour in STATES.items() if "red" in colour] == ["CRITICAL"]
     assert max(STATE_WORDS.items(), key=lambda word: int(word[0]))[1][0] == "CRITICAL", "max() is the worst"
     state = next(panel for panel in PANELS if panel["title"] == "State")
-    assert steps(state) == [(None, "#6e7077")], "grey without a state"
+    assert steps(state) == [(None, "#8e9096")], "grey without a state"
     assert state["fieldConfig"]["defaults"]["noValue"] == "NO DATA"
 
 

@@ -160,6 +160,12 @@ def test_a_healthy_run_counts_0_and_names_none(observed):
     assert origin["metric"] == {"layer": "none"}
 
 
+@pytest.mark.parametrize("name", ["NOT MEASURING", "GONE"])
+@pytest.mark.parametrize("title", ["NaN", "NaN tier", "Inf", "Inf tier"])
+def test_a_run_that_does_not_measure_has_no_calm_0(observed, name, title):
+    until("the count is away", lambda: not observed.ask(QUERIES[title, "A"], instance=[observed.instances[name]]))
+
+
 def test_the_worst_instance_is_on_top_and_every_instance_has_its_run(observed):
     states = observed.ask(QUERIES["Instances", "A"])
     assert {found["metric"]["instance"] for found in states} == set(observed.instances.values())
