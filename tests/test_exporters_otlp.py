@@ -309,7 +309,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(certificate, caplog):
 
 def test_a_collector_in_trouble_is_logged_once_and_counted_and_told_when_it_is_back(receiver, run, environ, caplog):
     environ.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
-    receiver.answers = [500, 404, 500]
+    receiver.answers = [400, 404, 400]
     with closing(
         start_otlp(run, f"http://user:secret@{receiver.url.removeprefix('http://')}/?token=secret")
     ) as exporter:
@@ -317,7 +317,7 @@ def test_a_collector_in_trouble_is_logged_once_and_counted_and_told_when_it_is_b
         assert (exporter.failures, exporter.url) == (3, f"{receiver.url}/v1/metrics")
     (record,) = caplog.records
     assert record.getMessage().startswith(f"esper: a push to {receiver.url}/v1/metrics failed; ")
-    assert record.getMessage().endswith("code: 500, reason: Internal Server Error")
+    assert record.getMessage().endswith("code: 400, reason: Bad Request")
     assert "secret" not in record.getMessage()
 
 
@@ -326,7 +326,7 @@ def test_a_redirection_is_no_delivery(receiver, run, environ, caplog):
     receiver.answers = [301]
     with closing(start_otlp(run, receiver.url)):
         receiver.wait(lambda push: push.value("esper.otlp_export_failures") == 1)
-    assert caplog.records[0].getMessage().endswith("it answered 301, moved to nowhere")
+    assert "it answered 301, moved to nowhere" in caplog.text
 
 
 def test_what_the_sdk_logs_for_somebody_else_is_left_alone(receiver, run, environ, caplog):
