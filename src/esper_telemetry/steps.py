@@ -51,6 +51,8 @@ class Steps:
         self._under_way.discard(optimizer)
 
     def _drop(self, optimizer: Optimizer) -> None:
+        if getattr(optimizer, "found_inf", False):
+            return  # a GradScaler told a fused optimizer to skip this step by itself
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None

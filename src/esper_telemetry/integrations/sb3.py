@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from typing import Any
 
 from torch.optim import Optimizer
 
-from esper_telemetry.exporters.http import Exporter, start_exporter
-from esper_telemetry.monitor import GradientMonitor, Policy, watch
+from esper_telemetry.exporters.http import Exporter
+from esper_telemetry.integrations.run import serve
+from esper_telemetry.monitor import GradientMonitor, watch
 from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.snapshot import Snapshot
 
@@ -18,15 +19,13 @@ try:
 except ImportError as error:
     raise ImportError("stable-baselines3 is not installed: pip install 'esper-telemetry[ppo]'") from error
 
-logger = logging.getLogger("esper_telemetry")
-
 
 class EsperCallback(BaseCallback):
     """Watch the policy's gradients while `learn()` runs, and report each PPO update.
 
     monitor: one that watches the policy already; without it the policy is watched until `learn()` ends.
     address: where to serve the metrics meanwhile; a port in use is logged, and training goes on.
-    on_critical: as in `watch()`, for a policy that this callback watches.
+    options: of `watch()`, for a policy that this callback watches.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class EsperCallback(BaseCallback):
         monitor: GradientMonitor | None = None,
         *,
         address: str | None = None,
-        on_critical: Policy = "continue",
+        **options: Any,
     ) -> None:
         super().__init__()
         self.monitor = monitor
@@ -43,7 +42,7 @@ class EsperCallback(BaseCallback):
         self.updates = 0
         self._given = monitor
         self._address = address
-        self._on_critical = on_critical
+        self._options = options
 
     def _on_training_start(self) -> None:
         if self._given is None:
@@ -52,17 +51,10 @@ class EsperCallback(BaseCallback):
             self.monitor = watch(
                 policy,
                 optimizer=[part for part in parts if isinstance(part, Optimizer)],
-                on_critical=self._on_critical,
+                **self._options,
             )
-        if self._address is not None:
-            self._serve(self._address)
+        self.exporter = serve(self._monitor, self._address)
         self._worst: _WorstCheck | None = None
-
-    def _serve(self, address: str) -> None:
-        try:
-            self.exporter = start_exporter(self._monitor, address)
-        except OSError as error:
-            logger.warning("esper: training goes on without an exporter: %s", error)
 
     @property
     def _monitor(self) -> GradientMonitor:

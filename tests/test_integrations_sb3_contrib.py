@@ -1,0 +1,79 @@
+import math
+
+import pytest
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.logger import Logger
+
+from esper_telemetry import GradientsCritical, HealthTier, watch
+from esper_telemetry.faults import Fault, FaultInjector
+from esper_telemetry.integrations.sb3 import EsperCallback
+from tests.documents import blocks
+
+CHECKS = 2 * 2 * 2  # two rollouts, two epochs, two batches
+
+
+def small_agent():
+    agent = RecurrentPPO(
+        "MlpLstmPolicy",
+        "CartPole-v1",
+        seed=0,
+        device="cpu",
+        n_steps=32,
+        batch_size=16,
+        n_epochs=2,
+        policy_kwargs={"lstm_hidden_size": 8, "net_arch": [8]},
+    )
+    agent.set_logger(Logger(folder=None, output_formats=[]))
+    return agent
+
+
+def with_fault(agent, fault, **options):
+    """Watch the agent with a fault to come, and return the callback and every snapshot."""
+    monitor = watch(
+        agent.policy, optimizer=agent.policy.optimizer, before_check=FaultInjector(agent.policy, [fault]), **options
+    )
+    seen = []
+    monitor.on_check(seen.append)
+    return EsperCallback(monitor), seen
+
+
+def test_what_the_documentation_shows_runs():
+    names = {"agent": small_agent()}
+    exec(blocks()["stable-baselines3"], names)
+    snapshot = names["callback"].monitor.snapshot
+    assert (snapshot.checks, snapshot.ended, snapshot.tier) == (CHECKS, True, HealthTier.HEALTHY)
+    assert any("lstm_actor" in name for name in snapshot.layer_names)
+    assert snapshot.ppo.update == 2
+    assert math.isfinite(snapshot.ppo.policy_loss)
+
+
+@pytest.mark.parametrize("kind", ["inf", "nan"])
+def test_one_bad_element_is_named_before_the_clip(kind):
+    agent = small_agent()
+    callback, seen = with_fault(agent, Fault(kind, 1, 8, "lstm_actor.weight_hh_l0"))
+    agent.learn(64, callback=callback)
+    bad = [snapshot for snapshot in seen if snapshot.tier is not HealthTier.HEALTHY]
+    assert [snapshot.checks for snapshot in bad] == [8]
+    assert (bad[0].inf_grad_count, bad[0].nan_grad_count) == (kind == "inf", kind == "nan")
+    assert [layer.layer_name for layer in bad[0].layers] == ["lstm_actor.weight_hh_l0"]
+
+
+def test_the_run_is_bit_equal_with_and_without_the_callback():
+    weights = []
+    for callback in (None, EsperCallback()):
+        agent = small_agent()
+        agent.learn(64, callback=callback)
+        weights.append([parameter.tolist() for parameter in agent.policy.parameters()])
+    assert weights[0] == weights[1]
+
+
+def test_skip_drops_the_step_and_halt_leaves_learn():
+    agent = small_agent()
+    callback, _ = with_fault(agent, Fault("nan", 6, 3), on_critical="skip")
+    agent.learn(64, callback=callback)
+    assert callback.monitor.snapshot.skipped_updates["intervention"] == 1
+    assert all(parameter.isfinite().all() for parameter in agent.policy.parameters())
+    agent = small_agent()
+    callback, _ = with_fault(agent, Fault("nan", 6, 3), on_critical="halt")
+    with pytest.raises(GradientsCritical, match="check 3:"):
+        agent.learn(64, callback=callback)
