@@ -45,7 +45,7 @@ def panels() -> list[Placed]:
 def _state_over_time() -> Panel:
     return timeline(
         "State per instance",
-        f"The state of each instance over time; with more than {q.ROWS}, those with the worst check. Normal is one "
+        f"The state of each instance over time; with more than {q.LINES}, those with the worst check. Normal is one "
         "even line that says HEALTHY.",
         query(f"max by (instance) ({q.state()} and on (job, instance) {q.worst_instances()})", "{{instance}}"),
         words=STATE_WORDS,

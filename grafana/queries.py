@@ -155,7 +155,7 @@ def worst_instances() -> str:
     """Choose the instances with the worst check of the shown time, as many as one panel can name."""
     history = f"max_over_time({select('esper_last_check_timestamp_seconds')}[$__range] @ end()) * 0"
     counts = f"max by (job, instance) (max_over_time({select(NONFINITE)}[$__range] @ end()))"
-    return f"topk({ROWS}, {counts} or max by (job, instance) ({history}))"
+    return f"topk({LINES}, {counts} or max by (job, instance) ({history}))"
 
 
 def _origins(by: str) -> str:

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,9 @@ TRAINERS = {
     "WARNING": ("--inject", "inf:2@3:2.weight", "--window", "120"),
     "NOT MEASURING": ("--pause", "1000"),
     "GONE": (),
+    "DRILL": ("--allow-drill",),
 }
+JOBS = {"CRITICAL": ("--episodes", "100000", *FAULT), "ENDED": ("--episodes", "1", "--hold")}
 
 
 class Observed:
@@ -79,38 +81,41 @@ class Observed:
 def observed(tmp_path_factory):
     with ExitStack() as exit_:
         stack = exit_.enter_context(Stack(tmp_path_factory.mktemp("dashboard")))
+        urls = {name: exit_.enter_context(job(stack.folder / name, *arguments)) for name, arguments in JOBS.items()}
         runs = {name: exit_.enter_context(stack.trainer(*arguments)) for name, arguments in TRAINERS.items()}
-        urls = {name: run.url for name, run in runs.items()} | {"CRITICAL": exit_.enter_context(ppo(stack.folder))}
+        urls |= {name: run.url for name, run in runs.items()}
         stack.list_trainers(*urls.values())
         for url in urls.values():
             stack.wait_until_scraped(url)
         read_until(runs["GONE"], 3)
         runs["GONE"].send_signal(signal.SIGKILL)
+        drill(urls["DRILL"])
         yield Observed(stack, {name: url.removeprefix("http://") for name, url in urls.items()})
 
 
-class ppo:
-    """Run the reference job with a fault, for as long as the block lasts."""
-
-    def __init__(self, folder: Path):
-        port = servers.free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        esper = Path(sys.executable).with_name("esper")
-        listen = ("--listen-address", f"127.0.0.1:{port}", "--linger", "0")
-        self._command = [esper, "ppo", "--episodes", "100000", *listen, *FAULT]
-        self._log = folder / "ppo.log"
-
-    def __enter__(self):
-        with self._log.open("wb") as log:
-            self._run = subprocess.Popen(self._command, stdout=log, stderr=log)
-        return self.url
-
-    def __exit__(self, *error):
-        self._run.kill()
-        self._run.wait()
+@contextmanager
+def job(log, *arguments):
+    """Run the reference job while the block lasts, and yield the address of its exporter."""
+    port = servers.free_port()
+    esper = Path(sys.executable).with_name("esper")
+    with log.open("wb") as out:
+        command = [esper, "ppo", "--listen-address", f"127.0.0.1:{port}", "--linger", "0", *arguments]
+        run = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        run.kill()
+        run.wait()
 
 
-@pytest.mark.parametrize("name", [*TRAINERS, "CRITICAL"])
+def drill(url):
+    """Make an exporter show a made-up critical value."""
+    asked = urllib.request.Request(f"{url}/-/drill?kind=inf&count=6&seconds=300", method="POST")
+    asked.add_header("X-Esper-Drill", "1")
+    urllib.request.urlopen(asked, timeout=5).close()
+
+
+@pytest.mark.parametrize("name", [*TRAINERS, *JOBS])
 def test_the_banner_shows_the_state_of_each_run(observed, name):
     until(f"the run that is {name} is shown so", lambda: observed.state(name) == name)
 
