@@ -45,6 +45,12 @@ def test_sigterm_delivers_and_the_parent_sees_the_signal():
     assert run("time.sleep(60)", kill=signal.SIGTERM) == (-signal.SIGTERM, ["delivered"])
 
 
+@pytest.mark.parametrize(("after", "kill"), [("", None), ("time.sleep(60)", signal.SIGTERM)])
+def test_the_last_one_delivers_first_either_way(after, kill):
+    """So a push does not wait until somebody has scraped."""
+    assert run(after, "at_exit(lambda: print('first given', flush=True))", kill)[1] == ["delivered", "first", "given"]
+
+
 def test_a_handler_of_the_users_own_is_left_alone():
     before = "signal.signal(signal.SIGTERM, lambda *_: (print('saving', flush=True), sys.exit(7)))"
     assert run("time.sleep(60)", before, kill=signal.SIGTERM) == (7, ["saving", "delivered"])

@@ -32,7 +32,7 @@ def not_at_exit(deliver: Callable[[], None]) -> None:
 
 def _deliver_and_die(signum: int, _: FrameType | None) -> None:
     """Do what atexit would, then die of the signal, so that the parent sees the status it expects."""
-    for deliver in tuple(_deliveries):
+    for deliver in tuple(reversed(_deliveries)):
         deliver()
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
