@@ -67,6 +67,8 @@ def test_a_run_that_dies_of_a_bad_gradient_says_so_and_fails():
         (["--listen-address", "here"], "--listen-address: expected HOST:PORT such as 127.0.0.1:19301, got 'here'"),
         (["--listen-address", "192.0.2.1:1"], "--listen-address: expected one to listen on, got '192.0.2.1:1': "),
         (["--otlp-endpoint", "here"], "--otlp-endpoint: expected a URL such as http://localhost:4318, got 'here'"),
+        (["--web.config.file", "gone.yml"], "--web.config.file: gone.yml: No such file or directory"),
+        (["--web.config.file", "pyproject.toml"], "--web.config.file: pyproject.toml: "),
         (["--on-critical", "panic"], "--on-critical: invalid choice: 'panic' "),
     ],
 )

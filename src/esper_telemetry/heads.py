@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from esper_telemetry.recent import LayerCounts
@@ -65,13 +65,14 @@ class WatchedHeads:
         layers = list(zip(layer_names, layer_norms, strict=True))
         heads = {}
         for head, modules in self.modules.items():
-            norms = [norm for name, norm in layers if norm is not None and _is_in_any(name, modules)]
+            is_in = _is_in_any(modules)
+            norms = [norm for name, norm in layers if norm is not None and is_in(name)]
             heads[head] = Head(total_norm(norms) if norms else None, head in self.inf, head in self.nan)
         return heads
 
     def _heads_of(self, layer_names: Iterable[str]) -> set[str]:
         names = list(layer_names)
-        return {head for head, modules in self.modules.items() if any(_is_in_any(name, modules) for name in names)}
+        return {head for head, modules in self.modules.items() if any(map(_is_in_any(modules), names))}
 
 
 def _modules(given: str | Iterable[str]) -> tuple[str, ...]:
@@ -86,8 +87,10 @@ def _is_in(layer_name: str, module: str) -> bool:
     return layer_name == module or layer_name.startswith(module + ".")
 
 
-def _is_in_any(layer_name: str, modules: Iterable[str]) -> bool:
-    return any(_is_in(layer_name, module) for module in modules)
+def _is_in_any(modules: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return a test for names of layers that is quick for thousands of them."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return lambda layer_name: layer_name in modules or layer_name.startswith(prefixes)
 
 
 def _known_modules(layer_names: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import selectors
-import time
+from time import monotonic, sleep, thread_time
 
 SHARE = 0.02
 """How much of one core the loop may take in the long run."""
@@ -30,14 +30,14 @@ class PacedSelector(selectors.DefaultSelector):
     @property
     def strained(self) -> bool:
         """Tell whether more than half of what the loop may take at once is used up."""
-        return self._paid_until - time.monotonic() > BURST_SECONDS / SHARE / 2
+        return self._paid_until - monotonic() > BURST_SECONDS / SHARE / 2
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Rest for what the last round has cost, then wait for events as usual."""
-        now = time.monotonic()
-        before, self._used = self._used, time.thread_time()
+        now = monotonic()
+        before, self._used = self._used, thread_time()
         self._paid_until = max(self._paid_until, now) + (self._used - before) / SHARE
         over = self._paid_until - now - BURST_SECONDS / SHARE
         if over > 0:
-            time.sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
+            sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
         return super().select(timeout)

@@ -7,13 +7,17 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from typing import NamedTuple, Protocol
 
 from esper_telemetry import metrics
 from esper_telemetry.metrics import Metric
 from esper_telemetry.recent import MAX_LAYERS
 from esper_telemetry.snapshot import Snapshot
+
+
+version = cache(metadata.version)  # it reads a file
 
 
 class Source(Protocol):
@@ -80,7 +84,9 @@ def _layer_norms(snapshot: Snapshot) -> Iterator[Sample]:
     measured = [
         (norm, name) for name, norm in zip(snapshot.layer_names, snapshot.layer_norms, strict=True) if norm is not None
     ]
-    for norm, name in heapq.nlargest(MAX_LAYERS, measured, key=lambda layer: (math.isnan(layer[0]), layer)):
+    unknown = [layer for layer in measured if math.isnan(layer[0])][:MAX_LAYERS]
+    known = (layer for layer in measured if not math.isnan(layer[0]))
+    for norm, name in (*unknown, *heapq.nlargest(MAX_LAYERS - len(unknown), known)):
         yield Sample(metrics.LAYER_GRAD_NORM, (name,), norm)
 
 
