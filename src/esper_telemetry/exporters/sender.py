@@ -50,9 +50,9 @@ class OtlpSender:
 
         timeout: seconds, in place of what the environment says.
         """
-        exporter = self._exporter if timeout is None else self._new_exporter(timeout)
         with _SdkLog() as log:
             try:
+                exporter = self._exporter if timeout is None else self._new_exporter(timeout)
                 samples = self._samples()
                 arrived = exporter.export(metrics_data(self._resource, samples, self._started))
             except Exception as error:
