@@ -167,7 +167,7 @@ def test_a_port_in_use_is_logged_and_training_goes_on(caplog):
     assert "training goes on without an exporter" in caplog.text
 
 
-def test_an_exception_is_no_good_end():
+def test_an_exception_is_no_good_end_but_fitting_again_watches_once():
     class Dies(Model):
         def training_step(self, batch, index):
             return super().training_step(batch, index) if index < 3 else 1 / 0
@@ -175,7 +175,11 @@ def test_an_exception_is_no_good_end():
     callback = EsperCallback()
     with pytest.raises(ZeroDivisionError):
         fit(Dies(), callback)
-    assert (callback.monitor.snapshot.checks, callback.monitor.snapshot.ended) == (3, False)
+    died = callback.monitor
+    assert (died.snapshot.checks, died.snapshot.ended) == (3, False)
+    fit(Model(), callback)
+    assert (died.snapshot.checks, callback.monitor.snapshot.checks) == (3, 10)
+    assert died.snapshot.ended
 
 
 def test_pytorch_lightning_takes_the_same_callback():

@@ -86,6 +86,17 @@ def test_halt_leaves_learn_with_an_exception():
     assert monitor.snapshot.checks == 3
 
 
+def test_learning_again_after_a_halt_watches_once():
+    model = small_ppo()
+    callback = EsperCallback(on_critical="halt", before_check=FaultInjector(model.policy, [Fault("inf", 6, 3)]))
+    with pytest.raises(GradientsCritical):
+        model.learn(32, callback=callback)
+    halted = callback.monitor
+    model.learn(32, callback=callback)
+    assert (halted.snapshot.checks, halted.snapshot.ended) == (3, True)
+    assert callback.monitor.snapshot.checks == 4
+
+
 @pytest.mark.parametrize("algorithm", [A2C, DQN])
 def test_other_algorithms_are_watched_too(algorithm):
     options = {"learning_starts": 16} if algorithm is DQN else {}

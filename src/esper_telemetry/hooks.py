@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -37,7 +38,7 @@ class BackwardHooks:
         self._arrived: dict[int, None] = {}
         self._awaited: set[int] = set()
         self._undo = [
-            _register(parameter, partial(self._arrive, index))
+            _register(parameter, partial(self._arrive, index, _hooks_of(parameter)))
             for index, parameter in enumerate(parameters)
             if parameter.requires_grad
         ]
@@ -54,21 +55,19 @@ class BackwardHooks:
             undo()
         self._undo.clear()
 
-    def _arrive(self, index: int, parameter: torch.Tensor) -> None:
+    def _arrive(self, index: int, hooks: _Hooks, parameter: torch.Tensor) -> None:
         self._arrived[index] = None
-        if self._on_early is not None and _is_waited_for(cast(_Hooks, parameter._post_accumulate_grad_hooks)):
+        if len(hooks) > 1 and self._on_early is not None and not all(map(_is_ours, hooks.values())):
             self._on_early(index, parameter)
-        if self._on_end is not None:
-            self._await_end()
-
-    def _await_end(self, *_: object) -> None:
         # The id tells one backward pass from the next even when a pass died half-way and never ran its callback.
         # torch's own register_multi_grad_hook(mode="any") keeps an entry per pass for ever.
-        graph_task = torch._C._current_graph_task_id()
-        if graph_task not in self._awaited:
-            self._awaited.add(graph_task)
-            engine = cast(Any, torch.autograd.Variable)._execution_engine
-            engine.queue_callback(self._end)
+        if self._on_end is not None and torch._C._current_graph_task_id() not in self._awaited:
+            self._await_end()
+
+    def _await_end(self) -> None:
+        self._awaited.add(torch._C._current_graph_task_id())
+        engine = cast(Any, torch.autograd.Variable)._execution_engine
+        engine.queue_callback(self._end)
 
     def _end(self) -> None:
         """Find out which pass has ended: one that a node of another pass runs goes on with the nodes after that."""
@@ -84,7 +83,8 @@ class BackwardHooks:
     def _await_end_after(self, node: Node) -> None:
         def go_on(_: object) -> None:
             handle.remove()
-            self._await_end()
+            if torch._C._current_graph_task_id() not in self._awaited:
+                self._await_end()
 
         handle = node.register_prehook(go_on)
 
@@ -95,9 +95,11 @@ def by_arrival(layers: Iterable[int], order: Sequence[int]) -> list[int]:
     return sorted(layers, key=lambda index: (place.get(index, math.inf), -index))
 
 
-def _is_waited_for(hooks: _Hooks) -> bool:
-    """Tell whether hooks other than ours are registered."""
-    return len(hooks) > 1 and not all(_is_ours(hook) for hook in hooks.values())
+def _hooks_of(parameter: Parameter) -> _Hooks:
+    """Return the hooks of a parameter, those to come included."""
+    if parameter._post_accumulate_grad_hooks is None:
+        parameter._post_accumulate_grad_hooks = OrderedDict()
+    return cast(_Hooks, parameter._post_accumulate_grad_hooks)
 
 
 def _is_ours(hook: object) -> bool:
@@ -107,7 +109,7 @@ def _is_ours(hook: object) -> bool:
 def _register(parameter: Parameter, hook: Callable[[torch.Tensor], None]) -> Callable[[], None]:
     """Register a hook before all others."""
     handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    hooks = cast(_Hooks, parameter._post_accumulate_grad_hooks)
+    hooks = _hooks_of(parameter)
     for other in [each for each in hooks if each != handle.id]:
         hooks[other] = hooks.pop(other)  # torch reads the plain dict, which move_to_end() leaves as it is
     return partial(_unregister, weakref.ref(parameter), handle)

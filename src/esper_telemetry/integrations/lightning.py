@@ -34,6 +34,7 @@ class EsperCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
+        self.on_fit_end()  # one that an exception had ended
 
         def stop() -> None:
             trainer.should_stop = True

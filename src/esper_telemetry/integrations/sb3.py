@@ -45,6 +45,7 @@ class EsperCallback(BaseCallback):
         self._options = options
 
     def _on_training_start(self) -> None:
+        self._end()  # one that an exception had ended
         if self._given is None:
             policy = self.model.policy
             parts = [part for module in policy.modules() for part in vars(module).values()]
@@ -73,8 +74,11 @@ class EsperCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._report_update()
-        if self._given is None:
-            self._monitor.close()
+        self._end()
+
+    def _end(self) -> None:
+        if self._given is None and self.monitor is not None:
+            self.monitor.close()
         if self.exporter is not None:
             self.exporter.close()
 

@@ -36,6 +36,7 @@ class EsperCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
         """Begin to watch."""
+        self.on_train_end()  # one that an exception had ended
         optimizer = trained["optimizer"]
         self._halted = False
         self.monitor = watch(
