@@ -16,7 +16,6 @@ from esper_telemetry.metrics import Metric
 from esper_telemetry.recent import MAX_LAYERS
 from esper_telemetry.snapshot import Snapshot
 
-
 version = cache(metadata.version)  # it reads a file
 
 
