@@ -28,6 +28,7 @@ ROWS = {
 }
 COLLAPSED = "PPO"  # most runs are none
 _ALERT_TEXT = {"titleFormat": "{{alertname}}", "textFormat": "{{severity}}: {{instance}}", "tagKeys": "severity"}
+_MADE_UP = ("id", "auto", "auto_count", "auto_min")  # one id for all variables, by which Grafana 10 tells them apart
 
 
 def build() -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _choice(name: str, label: str, asked: str) -> builders.QueryVariable:
 
 
 def _alertmanager() -> builders.ConstantVariable:
-    """Keep the address of Alertmanager, for the link; it is changed in the dashboard's settings."""
+    """Keep the address of Alertmanager, for the link."""
     return builders.ConstantVariable("alertmanager").label("Alertmanager").value("http://localhost:9093")
 
 
@@ -92,7 +93,10 @@ def _links() -> list[builders.DashboardLink]:
 
 
 def _complete(made: dict[str, Any]) -> dict[str, Any]:
-    """Place the panels, and add what the SDK for Grafana 10.1 has no name for."""
+    """Place the panels, add what the SDK for Grafana 10.1 has no name for, and drop what it makes up."""
+    for variable in made["templating"]["list"]:
+        for key in _MADE_UP:
+            del variable[key]
     made["schemaVersion"] = SCHEMA_VERSION
     made["annotations"]["list"][0] |= _ALERT_TEXT
     made["panels"] = _place()

@@ -104,7 +104,7 @@ def _instances() -> Panel:
         panel = count_column(panel, kind)
     for name in ("First bad layer", "Kind"):
         panel = column(panel, name, noValue="-")
-    panel = column(panel, "Last check", unit="s", decimals=0, words={"null+nan": ("never", GREY)}, width=110)
+    panel = column(panel, "Last check", unit="s", decimals=0, words={"nan": ("never", GREY)}, noValue="-", width=110)
     for name in ("D", "F"):
         panel = column(panel, name, **{"custom.hidden": True})
     return panel

@@ -27,12 +27,13 @@ STATE_WORDS = {str(code): (name, colour) for code, (name, colour) in enumerate(S
 NONE = "none"  # Grafana's unit of plain numbers and of words
 
 _PLACES = {"bottom": common.LegendPlacement.BOTTOM, "right": common.LegendPlacement.RIGHT}
+_SPECIAL = ("nan", "null+nan")  # a tile that holds nothing but NaN needs the second
 
 Query: TypeAlias = prometheus.Dataquery
 Panel: TypeAlias = Builder[dashboard.Panel]
 Step: TypeAlias = tuple[float | None, str]
 Words: TypeAlias = Mapping[str, tuple[str, str | None]]
-"""Value -> the word to show for it and its colour."""
+"""Value -> the word to show for it and its colour; the values of `_SPECIAL` too."""
 
 
 class Placed(NamedTuple):
@@ -196,20 +197,16 @@ def _dress(
 
 
 def _mappings(words: Words) -> list[dashboard.ValueMapping]:
-    special = {"null+nan"} & words.keys()
-    plain = {
-        value: dashboard.ValueMappingResult(text=text, color=colour, index=place)
-        for place, (value, (text, colour)) in enumerate(words.items())
-        if value not in special
-    }
-    made: list[dashboard.ValueMapping] = [dashboard.ValueMap(options=plain)] if plain else []
-    for value in special:
-        text, colour = words[value]
-        result = dashboard.ValueMappingResult(text=text, color=colour, index=len(plain))
-        match = dashboard.SpecialValueMatch.NULL_AND_NAN
-        options = dashboard.DashboardSpecialValueMapOptions(match=match, result=result)
-        made.append(dashboard.SpecialValueMap(options=options))
-    return made
+    plain, special = {}, []
+    for place, (value, (text, colour)) in enumerate(words.items()):
+        result = dashboard.ValueMappingResult(text=text, color=colour, index=place)
+        if value in _SPECIAL:
+            match = dashboard.SpecialValueMatch(value)
+            options = dashboard.DashboardSpecialValueMapOptions(match=match, result=result)
+            special.append(dashboard.SpecialValueMap(options=options))
+        else:
+            plain[value] = result
+    return [*([dashboard.ValueMap(options=plain)] if plain else []), *special]
 
 
 def _thresholds(steps: Iterable[Step]) -> dashboard_builders.ThresholdsConfig:

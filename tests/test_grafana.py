@@ -135,6 +135,7 @@ def test_promtool_takes_every_query(tmp_path: Path) -> None:
 
 def test_variables_choose_data_source_job_instance_and_run() -> None:
     assert list(VARIABLES) == ["datasource", "job", "instance", "run_id", "alertmanager"]
+    assert not any("id" in variable for variable in VARIABLES.values()), "Grafana 10 takes equal ids for one variable"
     assert (VARIABLES["datasource"]["type"], VARIABLES["datasource"]["query"]) == ("datasource", "prometheus")
     for name in ("job", "instance", "run_id"):
         variable = VARIABLES[name]

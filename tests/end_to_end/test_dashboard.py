@@ -90,6 +90,7 @@ def observed(tmp_path_factory):
         read_until(runs["GONE"], 3)
         runs["GONE"].send_signal(signal.SIGKILL)
         drill(urls["DRILL"])
+        urls["LEFT BEHIND"] = exit_.enter_context(textfile_of_a_killed_run(stack))
         yield Observed(stack, {name: url.removeprefix("http://") for name, url in urls.items()})
 
 
@@ -108,6 +109,17 @@ def job(log, *arguments):
         run.wait()
 
 
+@contextmanager
+def textfile_of_a_killed_run(stack):
+    """Serve the file that a killed run left, and yield the address of its node_exporter."""
+    folder = stack.folder / "textfiles"
+    folder.mkdir()
+    with stack.trainer("--textfile-dir", str(folder), "--inject", "nan:7@3:0.weight", "--kill-at", "3") as run:
+        assert run.wait(30) == -signal.SIGKILL
+    with stack.node_exporter(folder) as node:
+        yield node.url
+
+
 def drill(url):
     """Make an exporter show a made-up critical value."""
     asked = urllib.request.Request(f"{url}/-/drill?kind=inf&count=6&seconds=300", method="POST")
@@ -118,6 +130,10 @@ def drill(url):
 @pytest.mark.parametrize("name", [*TRAINERS, *JOBS])
 def test_the_banner_shows_the_state_of_each_run(observed, name):
     until(f"the run that is {name} is shown so", lambda: observed.state(name) == name)
+
+
+def test_a_file_that_a_killed_run_left_behind_is_no_sign_of_life(observed):
+    until("its last words are old news", lambda: observed.state("LEFT BEHIND") == "NOT MEASURING")
 
 
 def test_the_banner_shows_the_worst_of_several(observed):
@@ -165,7 +181,7 @@ def test_a_healthy_run_counts_0_and_names_none(observed):
     assert origin["metric"] == {"layer": "none"}
 
 
-@pytest.mark.parametrize("name", ["NOT MEASURING", "GONE"])
+@pytest.mark.parametrize("name", ["NOT MEASURING", "GONE", "LEFT BEHIND"])
 @pytest.mark.parametrize("title", ["NaN", "NaN tier", "Inf", "Inf tier"])
 def test_a_run_that_does_not_measure_has_no_calm_0(observed, name, title):
     until("the count is away", lambda: not observed.ask(QUERIES[title, "A"], instance=[observed.instances[name]]))
