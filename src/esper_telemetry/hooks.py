@@ -72,8 +72,7 @@ class BackwardHooks:
     def _end(self) -> None:
         """Find out which pass has ended: one that a node of another pass runs goes on with the nodes after that."""
         node = torch._C._current_autograd_node()
-        following = [] if node is None else [each for each, _ in node.next_functions if each is not None]
-        if following:
+        if node is not None and (following := [each for each, _ in node.next_functions if each is not None]):
             self._await_end_after(following[0])
             return
         self._awaited.clear()

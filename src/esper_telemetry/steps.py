@@ -20,6 +20,7 @@ class Steps:
         own = [each for each in optimizers if not isinstance(each, LBFGS)]
         self._optimizers = weakref.WeakSet(own)
         self._barred: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._any_barred = False
         self._under_way: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._on_drop = on_drop
         self._hooks = [each.register_step_pre_hook(self._begin) for each in own]
@@ -27,6 +28,7 @@ class Steps:
 
     def drop(self) -> None:
         """Drop the steps to come, until `allow()`; and those under way, whose closures made the gradients."""
+        self._any_barred = True
         self._barred.update(self._optimizers)
         for optimizer in self._under_way:
             self._drop(optimizer)
@@ -34,7 +36,9 @@ class Steps:
 
     def allow(self) -> None:
         """Let the optimizers step again."""
-        self._barred.clear()
+        if self._any_barred:  # a WeakSet takes long to find out that it is empty
+            self._any_barred = False
+            self._barred.clear()
 
     def remove(self) -> None:
         """Leave every optimizer as it was before."""
@@ -43,7 +47,7 @@ class Steps:
         self._hooks.clear()
 
     def _begin(self, optimizer: Optimizer, *_: object) -> None:
-        if optimizer in self._barred:
+        if self._any_barred and optimizer in self._barred:
             self._drop(optimizer)
         self._under_way.add(optimizer)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim import Optimizer
+
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import serve, stopping
 from esper_telemetry.monitor import GradientMonitor, Policy, watch
@@ -37,12 +39,13 @@ class EsperCallback(TrainerCallback):
     ) -> None:
         """Begin to watch."""
         self.on_train_end()  # one that an exception had ended
-        optimizer = trained["optimizer"]
+        wrapper = trained["optimizer"]  # Accelerate's, which knows the scaler
+        optimizer = getattr(wrapper, "optimizer", wrapper)
         self._halted = False
         self.monitor = watch(
             trained["model"],
-            optimizer=optimizer,
-            scaler=getattr(optimizer, "scaler", None),  # Accelerate's wrapper knows it
+            optimizer=optimizer if isinstance(optimizer, Optimizer) else None,  # DeepSpeed's is none
+            scaler=getattr(wrapper, "scaler", None),
             on_critical=stopping(self._on_critical, self._halt),
             **self._options,
         )
