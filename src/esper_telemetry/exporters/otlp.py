@@ -49,7 +49,6 @@ class OtlpExporter:
         self._deadline_seconds = deadline
         self._deadline: float | None = None
         self._closed = False
-        self._trouble: str | None = None
         self._news = Bell()
         self._stop = Bell()
         self._pid = os.getpid()
@@ -78,8 +77,8 @@ class OtlpExporter:
             return
         self._closed = True
         not_at_exit(self.close)
-        if self._thread.is_alive() or self._trouble:
-            reason = self._trouble or f"no answer in {self._deadline_seconds:g} s"
+        if self._thread.is_alive() or self._sender.trouble:
+            reason = self._sender.trouble or f"no answer in {self._deadline_seconds:g} s"
             logger.warning("esper: the last state did not reach %s: %s", self.url, reason)
 
     def _see(self, snapshot: Snapshot) -> None:
@@ -92,17 +91,15 @@ class OtlpExporter:
             self._push()
             if rung:
                 self._stop.wait(_REPEAT_SECONDS)
-            rung = self._news.wait(min(self._interval, _RETRY_SECONDS) if self._trouble else self._interval)
-        self._trouble = None
-        self._trouble = self._sender.send(timeout=max(self._deadline - time.monotonic(), 0.1))
+            rung = self._news.wait(min(self._interval, _RETRY_SECONDS) if self._sender.trouble else self._interval)
+        self._sender.send(timeout=max(self._deadline - time.monotonic(), 0.1))
 
     def _push(self) -> None:
-        before = self._sender.failures
-        self._trouble = self._sender.send()
-        if self._trouble and before == 0 and self._deadline is None:
-            logger.warning(
-                "esper: a push to %s failed; this is counted and not logged again: %s", self.url, self._trouble
-            )
+        first = self._sender.failures == 0
+        self._sender.send()
+        trouble = self._sender.trouble
+        if trouble and first and self._deadline is None:
+            logger.warning("esper: a push to %s failed; this is counted and not logged again: %s", self.url, trouble)
 
 
 def start_otlp(monitor: Watched, endpoint: str | None = None, *, deadline: float = 5.0) -> OtlpExporter:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from esper_telemetry import metrics
@@ -32,11 +32,13 @@ class OtlpSender:
     """Send what a source's snapshot shows at each `send()`, from one thread.
 
     failures: how often that failed. It is sent itself, as is the number of snapshots that could not be read.
+    trouble: what went wrong with the last one, as far as it has got; None if nothing did.
     """
 
     def __init__(self, source: Source, url: str) -> None:
         check_environment()
         self.failures = 0
+        self.trouble: str | None = None
         self._source = source
         self._url = url
         self._resource = resource_of(source.snapshot.run)
@@ -45,31 +47,36 @@ class OtlpSender:
         self._shown: set[tuple[Metric, tuple[str, ...]]] = set()
         self._errors = 0
 
-    def send(self, timeout: float | None = None) -> str | None:
-        """Send once, with the SDK's retries; return what went wrong, None if it arrived.
+    def send(self, timeout: float | None = None) -> None:
+        """Send once, with the SDK's retries.
 
         timeout: seconds, in place of what the environment says.
         """
-        with _SdkLog() as log:
+        self.trouble = None
+        with _SdkLog(self._fail):
             try:
                 exporter = self._exporter if timeout is None else self._new_exporter(timeout)
                 samples = self._samples()
                 arrived = exporter.export(metrics_data(self._resource, samples, self._started))
             except Exception as error:
-                log.reason = repr(error)
+                self._fail(repr(error))
                 arrived = MetricExportResult.FAILURE
         if arrived is MetricExportResult.SUCCESS:
             self._shown = {(metric, labels) for metric, labels, value in samples if value == value}
-            return None
-        self.failures += 1
-        return log.reason or "no reason given"
+            self.trouble = None
+        else:
+            self.failures += 1
+            self._fail("no reason given")
 
     def interrupt(self) -> None:
         """End a wait before a retry; from here on every `send()` needs a timeout of its own."""
         self._exporter.shutdown()
 
+    def _fail(self, reason: str) -> None:
+        self.trouble = self.trouble or reason  # the first is the one to tell
+
     def _new_exporter(self, timeout: float | None = None) -> OTLPMetricExporter:
-        return OTLPMetricExporter(self._url, timeout=timeout, session=_Session())
+        return OTLPMetricExporter(self._url, timeout=timeout, session=_Session(self._fail))
 
     def _samples(self) -> list[Sample]:
         samples = [*self._read(), *self._own()]
@@ -94,29 +101,36 @@ class OtlpSender:
 class _Session(requests.Session):
     """Prefer OTEL_EXPORTER_OTLP_CERTIFICATE to REQUESTS_CA_BUNDLE, and see that a redirection is no delivery."""
 
-    def __init__(self) -> None:
+    def __init__(self, fail: Callable[[str], None]) -> None:
         super().__init__()
-        self.hooks = {"response": [_refuse_redirection]}
+        self._fail = fail
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        try:
+            response = super().send(request, **options)
+            if 300 <= response.status_code < 400:
+                place = response.headers.get("Location", "nowhere")
+                raise requests.RequestException(f"it answered {response.status_code}, moved to {place}")
+        except Exception as error:
+            self._fail(str(_root(error)))
+            raise
+        return response
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> dict[str, Any]:
         verify = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
 
 
-def _refuse_redirection(response: requests.Response, *_: object, **__: object) -> None:
-    if 300 <= response.status_code < 400:
-        place = response.headers.get("Location", "nowhere")
-        raise requests.RequestException(f"it answered {response.status_code}, moved to {place}")
-
-
 class _SdkLog(logging.Filter):
-    """Keep what the SDK logs in this thread, which is every try, to ourselves; the first reason is the one to tell."""
+    """Keep what the SDK logs in this thread, which is every try, to ourselves."""
 
-    def __enter__(self) -> _SdkLog:
-        self.reason: str | None = None
+    def __init__(self, fail: Callable[[str], None]) -> None:
+        super().__init__()
+        self._fail = fail
         self._thread = threading.get_ident()
+
+    def __enter__(self) -> None:
         _sdk_logger.addFilter(self)
-        return self
 
     def __exit__(self, *_: object) -> None:
         _sdk_logger.removeFilter(self)
@@ -124,9 +138,7 @@ class _SdkLog(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.thread != self._thread:
             return True
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        error = next((each for each in arguments if isinstance(each, BaseException)), None)
-        self.reason = self.reason or (record.getMessage() if error is None else str(_root(error)))
+        self._fail(record.getMessage())
         return False
 
 
