@@ -1,5 +1,6 @@
 import logging
 import math
+from threading import Thread
 from urllib.request import urlopen
 
 import pytest
@@ -152,6 +153,21 @@ class TestOnCritical:
         assert (callback.monitor.snapshot.checks, callback.monitor.snapshot.ended) == (4, True)
         assert callback.monitor.snapshot.nan.critical_checks == 1
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+    def test_halt_ends_when_the_last_state_was_scraped(self):
+        callback = EsperCallback(address="127.0.0.1:0", on_critical="halt")
+
+        class Slow(Model):
+            def on_train_end(self):  # the scrape comes after training has stopped
+                Thread(target=scrape, args=[callback.exporter.url]).start()
+
+        def scrape(url):
+            with urlopen(url + "/metrics") as page:
+                pages.append(page.read().decode())
+
+        pages = []
+        fit(Slow(bad_at=4, value=math.nan, elements=6), callback)
+        assert "esper_nan_grad_count 6.0" in pages[0]
 
 
 def test_a_port_in_use_is_logged_and_training_goes_on(caplog):

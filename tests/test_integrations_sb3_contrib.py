@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.logger import Logger
 
@@ -10,6 +11,15 @@ from esper_telemetry.integrations.sb3 import EsperCallback
 from tests.documents import blocks
 
 CHECKS = 2 * 2 * 2  # two rollouts, two epochs, two batches
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other take minutes over small tensors while other tests run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small_agent():
