@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 
 import pytest
@@ -120,6 +120,14 @@ class TestTls:
                 stuck.enter_context(closing(socket.create_connection(address_of(exporter)))).sendall(b"\x16\x03")
             assert status(exporter.url + "/metrics", context=client_context()) == 200
             assert first.recv(1) == b""
+
+    def test_a_client_that_says_goodbye_right_after_the_handshake_leaves_nothing_in_the_log(self, serve, caplog):
+        exporter = serve(TLS)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = client_context().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        with closing(socket.create_connection(address_of(exporter), timeout=30)) as connection:
+            finish_with_goodbye(client, connection, incoming, outgoing)
+        assert caplog.records == []
 
     def test_handshakes_that_never_end_are_ended(self, serve, monkeypatch):
         monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
@@ -332,6 +340,23 @@ def test_neither_clients_nor_reloads_leave_files_open(serve, tmp_path):
         until(lambda number=number: exporter._access.reload_failures == number + 1)
     until(lambda: open_files() <= before)
     assert status(exporter.url, GOOD, client_context()) == 200
+
+
+def finish_with_goodbye(client, connection, incoming, outgoing):
+    """Shake hands, and say goodbye in the same packet that ends the handshake."""
+    while True:
+        try:
+            client.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            connection.sendall(outgoing.read())
+            incoming.write(connection.recv(65536))
+    with suppress(ssl.SSLWantReadError):
+        client.unwrap()
+    connection.sendall(outgoing.read())
+    with suppress(ConnectionError):
+        while connection.recv(65536):
+            pass
 
 
 def open_files():

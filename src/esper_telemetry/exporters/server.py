@@ -135,12 +135,16 @@ class HttpServer:
 
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
-        server = await asyncio.start_server(self._accept, sock=self._listener, backlog=MAX_CONNECTIONS)
+        server = await self._loop.create_server(self._protocol, sock=self._listener, backlog=MAX_CONNECTIONS)
         self._serving.set()
         async with server:
             await self._follow_until_stopped()
             for task in tuple(self._clients):
                 task.cancel()
+
+    def _protocol(self) -> asyncio.StreamReaderProtocol:
+        secure = self._guard is not None and self._guard.context is not None
+        return (_TlsProtocol if secure else asyncio.StreamReaderProtocol)(asyncio.StreamReader(), self._accept)
 
     async def _follow_until_stopped(self) -> None:
         while not self._stopping.is_set():
@@ -187,6 +191,13 @@ class HttpServer:
     def _touch(self, task: asyncio.Task[None]) -> None:
         if task in self._clients:
             self._clients[task] = self._clients.pop(task)
+
+
+class _TlsProtocol(asyncio.StreamReaderProtocol):
+    def eof_received(self) -> bool:
+        """Say what TLS allows; asyncio's own knows of TLS only after the handshake, and logs when a client is quick."""
+        super().eof_received()
+        return False
 
 
 class _Connection:

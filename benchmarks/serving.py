@@ -1,0 +1,229 @@
+"""`python -m benchmarks.serving`: what a training thread feels of an exporter that is attacked.
+
+The trainer, its exporter included, has one core to itself, so that everything the exporter does is taken from the
+training. The attackers have another core. What they cost by themselves, in caches and memory bandwidth, is seen by
+pointing them at the exporter of another process, and is what the trainer is compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import mean, median, quantiles
+
+import bcrypt
+import torch
+import trustme
+from prometheus_client import CollectorRegistry, generate_latest
+from torch import nn
+
+from benchmarks.abuse import ABUSES, PASSWORD, SCRAPE, USER, Target
+from benchmarks.machine import machine
+from esper_telemetry import GradientMonitor, start_exporter, watch
+from esper_telemetry.exporters.prometheus import EsperCollector
+
+HERE = Path(__file__).parent
+TRAINER_CORE, ABUSER_CORE = 0, 1
+_WARM_UP_SECONDS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Felt:
+    """Hold what one stretch of training felt: seconds per step, and what the exporter used and took."""
+
+    step: float
+    exporter_share: float
+    scrapes: list[float]
+    threads: int
+    memory: int
+
+
+def main() -> None:
+    """Measure, print, and write the report where asked to."""
+    options = _options()
+    torch.set_num_threads(1)
+    described = machine()
+    os.sched_setaffinity(0, {TRAINER_CORE})
+    with tempfile.TemporaryDirectory() as folder, _elsewhere(Path(folder)) as elsewhere:
+        trainer = Trainer(_web_config(Path(folder)))
+        rows = [_row(name, trainer, elsewhere, options) for name in ABUSES]
+        trainer.close()
+    lines = [*_heading(described, options), *rows, "", _page_of_ten_thousand(), ""]
+    if options.output is not None:
+        options.output.write_text("\n".join(lines))
+
+
+class Trainer:
+    """Train a small network, the worst case: its steps are short and need Python's lock often."""
+
+    def __init__(self, web_config: Path) -> None:
+        self._model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 8))
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        self._inputs = torch.randn(256, 256)
+        self._monitor = watch(self._model)
+        self._exporter = start_exporter(self._monitor, "127.0.0.1:0", linger=0, web_config_file=web_config)
+        self.target = Target(int(self._exporter.url.rpartition(":")[2]))
+        serving = next(thread for thread in threading.enumerate() if thread.name == "esper-exporter")
+        self._exporter_clock = time.pthread_getcpuclockid(serving.ident or 0)
+        self.train(_WARM_UP_SECONDS)
+
+    def train(self, seconds: float) -> float:
+        """Train so long, and return the mean seconds of a step."""
+        steps, started = 0, time.perf_counter()
+        while (passed := time.perf_counter() - started) < seconds:
+            self._optimizer.zero_grad()
+            self._model(self._inputs).square().mean().backward()
+            self._optimizer.step()
+            steps += 1
+        return passed / steps
+
+    def feel(self, name: str, target: Target, seconds: float) -> Felt:
+        """Train while the target is abused and scraped."""
+        with _scraper(target) as scraper, _process(name, target):
+            self.train(_WARM_UP_SECONDS)
+            used, started = time.clock_gettime(self._exporter_clock), time.perf_counter()
+            step = self.train(seconds)
+            share = (time.clock_gettime(self._exporter_clock) - used) / (time.perf_counter() - started)
+            threads, memory = threading.active_count(), _resident_bytes()
+            return Felt(step, share, json.loads(scraper.communicate()[0]), threads, memory)
+
+    def close(self) -> None:
+        """Stop to watch and to serve."""
+        self._exporter.close()
+        self._monitor.close()
+
+
+def serve_elsewhere(web_config: Path, ready: Connection) -> None:
+    """Serve in a process of its own, on the attackers' core."""
+    os.sched_setaffinity(0, {ABUSER_CORE})
+    exporter = start_exporter(GradientMonitor(nn.Linear(2, 2)), "127.0.0.1:0", linger=0, web_config_file=web_config)
+    ready.send(int(exporter.url.rpartition(":")[2]))
+    threading.Event().wait()
+
+
+def _row(name: str, trainer: Trainer, elsewhere: Target, options: argparse.Namespace) -> str:
+    ratios, felt = [], []
+    for _ in range(options.rounds):
+        elsewhere_step = trainer.feel(name, elsewhere, options.seconds).step
+        felt.append(trainer.feel(name, trainer.target, options.seconds))
+        ratios.append(felt[-1].step / elsewhere_step - 1)
+    took = sorted(seconds for each in felt for seconds in each.scrapes)
+    row = (
+        f"| {name} | {median(ratios):+.1%} ({min(ratios):+.1%} to {max(ratios):+.1%}) "
+        f"| {mean(each.exporter_share for each in felt):.1%} "
+        f"| {median(took) * 1e3:.0f} / {quantiles(took, n=100)[98] * 1e3:.0f} / {took[-1] * 1e3:.0f} ms, {len(took)} "
+        f"| {max(each.threads for each in felt)} | {max(each.memory for each in felt) / 2**20:.0f} MiB |"
+    )
+    print(row, flush=True)
+    return row
+
+
+def _heading(described: dict[str, str], options: argparse.Namespace) -> list[str]:
+    return [
+        "# An exporter under attack",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}, by `make bench-serving`: TLS and a password, {options.rounds} rounds "
+        f"of {options.seconds:g} s each.",
+        "",
+        *(f"- {name}: {value}" for name, value in described.items()),
+        "",
+        "Training and exporter share one core, attackers have another. Step time is compared with that under the same",
+        "attack on an exporter in another process: median of the rounds, and from the least to the most. Four good",
+        "scrapers ask twice a second each on kept connections; `inf` would be a scrape that failed.",
+        "",
+        "| attack | step time | exporter's share of the core | scrape: median / p99 / max, count | threads | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+
+
+def _page_of_ten_thousand() -> str:
+    model = nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(10_000))
+    monitor = GradientMonitor(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    for _ in range(3):
+        monitor.update()
+    registry = CollectorRegistry()
+    registry.register(EsperCollector(monitor))
+    took = []
+    for _ in range(20):
+        started = time.perf_counter()
+        size = len(generate_latest(registry))
+        took.append(time.perf_counter() - started)
+    line = (
+        f"A page of 10,000 layers, all bad: {size / 1024:.0f} KiB in {median(took) * 1e3:.1f} ms "
+        f"({max(took) * 1e3:.1f} ms at most, of 20)."
+    )
+    print(line, flush=True)
+    return line
+
+
+@contextmanager
+def _scraper(target: Target) -> Iterator[subprocess.Popen[str]]:
+    with _process(SCRAPE, target) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+
+
+@contextmanager
+def _process(what: str, target: Target) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "benchmarks.abuse", what, str(target.port), str(ABUSER_CORE)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _elsewhere(folder: Path) -> Iterator[Target]:
+    spawn = get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve_elsewhere, args=(_web_config(folder), theirs), daemon=True)
+    process.start()
+    try:
+        yield Target(ours.recv())
+    finally:
+        process.kill()
+        process.join()
+
+
+def _web_config(folder: Path) -> Path:
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+    hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(10)).decode()
+    path = folder / "web.yml"
+    path.write_text(
+        f"tls_server_config:\n  cert_file: both.pem\n  key_file: both.pem\nbasic_auth_users:\n  {USER}: {hashed}\n"
+    )
+    return path
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.serving", description="Attack an exporter while it trains.")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of one stretch (default: 10)")
+    parser.add_argument("--output", type=Path, help="where to write the report")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
