@@ -82,6 +82,7 @@ def observed(tmp_path_factory):
     with ExitStack() as exit_:
         stack = exit_.enter_context(Stack(tmp_path_factory.mktemp("dashboard")))
         urls = {name: exit_.enter_context(job(stack.folder / name, *arguments)) for name, arguments in JOBS.items()}
+        left_behind = exit_.enter_context(textfile_of_a_killed_run(stack))
         runs = {name: exit_.enter_context(stack.trainer(*arguments)) for name, arguments in TRAINERS.items()}
         urls |= {name: run.url for name, run in runs.items()}
         stack.list_trainers(*urls.values())
@@ -90,7 +91,7 @@ def observed(tmp_path_factory):
         read_until(runs["GONE"], 3)
         runs["GONE"].send_signal(signal.SIGKILL)
         drill(urls["DRILL"])
-        urls["LEFT BEHIND"] = exit_.enter_context(textfile_of_a_killed_run(stack))
+        urls["LEFT BEHIND"] = left_behind
         yield Observed(stack, {name: url.removeprefix("http://") for name, url in urls.items()})
 
 
