@@ -282,6 +282,15 @@ class TestTwoOptimizersWithOneScaler:
         self.scaler.unscale_(self.optimizers[1])
         assert self.monitor.update().layer_norms == pytest.approx(norms)
 
+    def test_what_a_later_pass_leaves_in_a_stepped_one_is_scaled_again(self):
+        one, _ = self.losses()
+        one.backward()
+        self.scaler.step(self.optimizers[0])
+        inner, outer = self.models["two"], self.models["one"]
+        self.scaler.scale(outer(torch.tanh(inner(torch.ones(2, 4)) @ torch.ones(3, 4))).sum()).backward()
+        scaled = [parameter.grad.norm().item() for model in (outer, inner) for parameter in model.parameters()]
+        assert self.monitor.snapshot.layer_norms == pytest.approx([each / 1024 for each in scaled])
+
     def test_one_overflow_is_one_skip_and_explained(self):
         one, two = self.losses()
         one.backward()

@@ -76,11 +76,13 @@ class ScalerWatch:
         self._max_skips = max_skips
 
     def read(
-        self, gradients: Sequence[Tensor | None], parameters: Parameters
+        self, gradients: Sequence[Tensor | None], parameters: Parameters, arrived: Collection[int] = ()
     ) -> tuple[Sequence[Tensor | None], AmpReading]:
         """Return what to measure, and what the scaler says now; never wait for a device.
 
         Gradients are measured as they are and their norms divided, unless dividing could make an Inf.
+
+        arrived: the layers that gradients have reached since the last reading.
 
         Raise RuntimeError while a CUDA graph is captured.
         """
@@ -89,7 +91,7 @@ class ScalerWatch:
             scale, tracker = torch.tensor(self.scaler.get_scale()), torch.tensor(0)
         if scale.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a scaler cannot be followed while a CUDA graph is captured")
-        unscaled = self._unscaled(parameters)
+        unscaled = self._unscaled(parameters, frozenset(arrived))
         known = scale.item() if scale.is_cpu else self.state.scale if self.state is not None else MIN_SCALE
         if known < MIN_SCALE:  # on a device this is the scale of the last result, which is the best that is known
             done = frozenset().union(*(each.layers for each in unscaled))
@@ -119,11 +121,12 @@ class ScalerWatch:
             state.scale >= MIN_SCALE and (state.consecutive_skips < self._max_skips or not state.warm)
         )
 
-    def _unscaled(self, parameters: Parameters) -> list[_Unscaled]:
+    def _unscaled(self, parameters: Parameters, arrived: frozenset[int]) -> list[_Unscaled]:
         """Return which layers are unscaled already: those of optimizers that have come so far since `update()`.
 
-        Without optimizers one that was unscaled and not yet stepped speaks for all. The scaler has no public word
-        for this; a test holds what is read here against what it does.
+        What a generator's pass leaves in a discriminator that was stepped already is scaled again. Without optimizers
+        one that was unscaled and not yet stepped speaks for all. The scaler has no public word for this; a test holds
+        what is read here against what it does.
         """
         states = self.scaler._per_optimizer_states
         if not states:
@@ -140,6 +143,7 @@ class ScalerWatch:
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             layers = frozenset(index for index, reference in enumerate(parameters) if id(reference()) in own)
             waits = state["stage"] is OptState.UNSCALED
+            layers = layers if waits else layers - arrived
             unscaled.append(_Unscaled(layers, list(state["found_inf_per_device"].values()) if waits else (), waits))
         return unscaled
 

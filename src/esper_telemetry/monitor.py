@@ -281,11 +281,11 @@ class GradientMonitor:
         if self._before_check is not None:
             self._before_check(self._snapshot.checks + len(self._launched) + 1)
         gradients: Sequence[Tensor | None] = self._gradients()
-        amp = None
+        order, amp = self._hooks.take_order(), None
         if self._amp is not None:
-            gradients, amp = self._amp.read(gradients, self._parameters)
+            gradients, amp = self._amp.read(gradients, self._parameters, order)
         found = measure(gradients)
-        check = _Check(self._names, gradients, self._hooks.take_order(), time.time(), amp)
+        check = _Check(self._names, gradients, order, time.time(), amp)
         early, self._steps_early = bool(self._early), False
         if early:
             found, check = self._with_early(found, check)
