@@ -169,7 +169,8 @@ class Exporter:
         self._pages[key] = page
 
     def _sent(self, snapshot: Snapshot) -> None:
-        self._shown = snapshot
+        if snapshot.checks >= self._shown.checks:  # a page that was kept may be older than another client's
+            self._shown = snapshot
         self._scraped.set()
 
     def _readiness(self) -> Response:

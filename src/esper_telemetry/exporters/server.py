@@ -175,6 +175,8 @@ class HttpServer:
             self._clients.pop(task, None)
 
     async def _let_in(self, writer: asyncio.StreamWriter) -> bool:
+        if writer.get_extra_info("peername") is None:  # gone already
+            return False
         if self._guard is None or self._guard.context is None:
             return True
         await writer.start_tls(self._guard.context, ssl_handshake_timeout=REQUEST_SECONDS)
