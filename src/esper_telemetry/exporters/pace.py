@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import selectors
 from time import monotonic, sleep, thread_time
 
@@ -12,14 +13,15 @@ BURST_SECONDS = 0.1
 """How much processor time it may take at once, after a quiet while."""
 
 _SHORTEST_REST = 0.01  # so that what comes meanwhile is handled together
-_LONGEST_REST = 1.0
+_LONGEST_REST = 0.2  # so that nobody waits long for a turn
+_EVENTS_PER_ROUND = 64
 
 
 class PacedSelector(selectors.DefaultSelector):
     """Rest between two rounds of an event loop, so that it takes no more than its share of one core.
 
-    While the loop rests, what clients do waits in the kernel: it costs nothing, and each of them has its turn in the
-    next round. A loop that is not busy never rests.
+    While the loop rests, what clients do waits in the kernel, where it costs nothing. In the next round they have their
+    turn, or, where they are very many, some of them by chance. A loop that is not busy never rests.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,8 @@ class PacedSelector(selectors.DefaultSelector):
         before, self._used = self._used, thread_time()
         self._paid_until = max(self._paid_until, now) + (self._used - before) / SHARE
         over = self._paid_until - now - BURST_SECONDS / SHARE
-        if over > 0:
-            sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
-        return super().select(timeout)
+        if over <= 0:
+            return super().select(timeout)
+        sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
+        events = super().select(timeout)
+        return random.sample(events, min(len(events), _EVENTS_PER_ROUND))

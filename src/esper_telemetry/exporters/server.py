@@ -33,6 +33,7 @@ IDLE_SECONDS = 90.0
 FOLLOW_SECONDS = 0.5
 """How often the guard may look whether its rules have changed."""
 
+_ACCEPTS_PER_ROUND = 8
 _GOODBYE_SECONDS = 1.0
 _MAX_HEADER_BYTES = 16 * 1024
 _MAX_KNOWN = 64
@@ -135,7 +136,8 @@ class HttpServer:
 
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
-        server = await self._loop.create_server(self._protocol, sock=self._listener, backlog=MAX_CONNECTIONS)
+        server = await self._loop.create_server(self._protocol, sock=self._listener, backlog=_ACCEPTS_PER_ROUND)
+        self._listener.listen(MAX_CONNECTIONS)  # asyncio has one number for how many wait and how many it accepts
         self._serving.set()
         async with server:
             await self._follow_until_stopped()
