@@ -156,6 +156,13 @@ def test_a_trainer_that_takes_connections_and_does_not_answer_is_gone(page, expo
         shows(page, "gone")
 
 
+def test_an_exporter_that_fails_is_no_healthy_trainer(page, source):
+    shows(page, "healthy")
+    source.snapshot = replace(source.snapshot, run=None)
+    shows(page, "gone", "Error 500 from the trainer since ", "Last known: HEALTHY.")
+    page.complaints.clear()  # the browser complains about each
+
+
 def test_a_run_that_had_ended_does_not_look_lost_when_its_exporter_closes(page, source, exporter):
     source.snapshot = in_state("ended")
     shows(page, "ended")

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esper_telemetry import start_exporter
@@ -74,11 +75,14 @@ def test_a_run_that_ended_well_has_ended_and_never_stalls():
 
 
 def test_values_that_json_cannot_say_are_words():
-    snapshot = replace(bad(), ppo=replace(bad().ppo, policy_loss=math.nan, value_loss=-math.inf))
+    snapshot = replace(
+        bad(), ppo=replace(bad().ppo, policy_loss=math.nan, value_loss=-math.inf, entropy=np.float32(0.5))
+    )
     text = status_json(snapshot).decode()
     shown = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert shown["last_check"]["norm"] == "+Inf"
     assert (shown["ppo"]["policy_loss"], shown["ppo"]["value_loss"]) == ("NaN", "-Inf")
+    assert shown["ppo"]["entropy"] == 0.5
     assert shown["heads"][0] == {"head": "policy", "norm": "+Inf", "inf_latched": True, "nan_latched": False}
     assert shown["ppo"]["explained_variance"] is None
 
@@ -104,6 +108,15 @@ def test_it_is_served_fresh_and_the_page_does_not_deliver_a_bad_check():
     assert (code, headers["Content-Type"], headers["Cache-Control"]) == (200, "application/json", "no-store")
     assert json.loads(body)["run"] == {"run_id": "run-1", "rank": 0, "world_size": 1, "host": "box", "pid": 4711}
     assert not exporter.linger(0)
+    exporter.close(linger=0)
+
+
+def test_a_status_that_cannot_be_built_is_an_error_that_is_counted_and_logged_once(caplog):
+    exporter = start_exporter(Source(replace(bad(), run=None)), "127.0.0.1:0")
+    for _ in range(2):
+        assert get(exporter, "/api/v1/status")[0] == 500
+    assert b"\nesper_exporter_collect_errors_total 3.0\n" in get(exporter)[2]  # the page of metrics failed too
+    assert caplog.text.count("no page could be built") == 1
     exporter.close(linger=0)
 
 

@@ -55,7 +55,8 @@ class Exporter:
         self._drill: Drill | None = None
         self._linger_seconds = linger
         self._registry = CollectorRegistry()
-        self._registry.register(EsperCollector(source, more=self._own_samples))
+        self._collector = EsperCollector(source, more=self._own_samples)
+        self._registry.register(self._collector)
         self._pages: dict[tuple[str, bool], _Page] = {}
         self._shown: Snapshot = source.snapshot
         self._scraped = threading.Event()
@@ -111,13 +112,20 @@ class Exporter:
             case "/":
                 return Response(200, PAGE, "text/html; charset=utf-8", PAGE_HEADERS)
             case "/api/v1/status":
-                status = status_json(self._source.snapshot)
-                return Response(200, status, "application/json", (("Cache-Control", "no-store"),))
+                return self._status()
             case "/-/healthy":
                 return Response(200, b"healthy\n")
             case "/-/ready":
                 return self._readiness()
         return Response(404, b"not found; the metrics are at /metrics\n")
+
+    def _status(self) -> Response:
+        try:
+            status = status_json(self._source.snapshot)
+        except Exception:
+            self._collector.fail()
+            return Response(500, b"no status could be built\n")
+        return Response(200, status, "application/json", (("Cache-Control", "no-store"),))
 
     def _answer_drill(self, request: Request) -> Response:
         """Begin or end a drill; the header keeps web pages from starting one through a visitor's browser."""

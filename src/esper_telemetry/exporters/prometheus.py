@@ -49,12 +49,16 @@ class EsperCollector(Collector):
         try:
             families = self._families(chain(read_samples(self._source.snapshot), self._more()))
         except Exception:
-            if self._errors == 0:
-                logger.exception("esper: no page could be built; this is counted and not logged again")
-            self._errors += 1
+            self.fail()
             families = []
         yield from families
         yield from self._families([Sample(metrics.COLLECT_ERRORS, (), self._errors)])
+
+    def fail(self) -> None:
+        """Count the exception at hand, and log it when it is the first."""
+        if self._errors == 0:
+            logger.exception("esper: no page could be built; this is counted and not logged again")
+        self._errors += 1
 
     def _families(self, samples: Iterable[Sample]) -> list[Family]:
         families: dict[str, Family] = {}

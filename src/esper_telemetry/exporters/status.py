@@ -138,7 +138,12 @@ def _history(snapshot: Snapshot, monotonic: float) -> Json:
 
 
 def _number(value: float | None) -> float | str | None:
-    """Return what JSON can carry: it has no word for Inf and NaN, so that these become Prometheus' words for them."""
-    if value is None or math.isfinite(value):
+    """Return what JSON can carry; it has no word for Inf and NaN, so that these become Prometheus' words for them.
+
+    Losses of a training loop may be NumPy's numbers, which are no floats to JSON.
+    """
+    if value is None or isinstance(value, int):
         return value
+    if math.isfinite(value):
+        return float(value)
     return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
