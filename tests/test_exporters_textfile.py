@@ -1,6 +1,9 @@
 import logging
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -47,6 +50,36 @@ def test_a_bad_check_is_in_the_file_when_backward_returns(model, monitor, tmp_pa
     assert read(exporter.path)["esper_nan_grad_recent_max",] == 6
     assert os.listdir(tmp_path) == [exporter.path.name]
     exporter.close()
+
+
+TERMINATED_WHILE_WRITING = """
+import os, signal, sys, time
+from esper_telemetry import start_textfile
+from tests.snapshots import bad, fresh
+
+just_now = bad().but(recent=fresh().recent.after(time.monotonic(), bad().layers, 1))
+
+class Monitor:
+    reads = 0
+    def on_check(self, listener):
+        return lambda: None
+    @property
+    def snapshot(self):
+        self.reads += 1
+        if self.reads == 4:  # three were at set-up; this one is in the middle of the write below
+            os.kill(os.getpid(), signal.SIGTERM)
+        return just_now if self.reads > 3 else fresh()
+
+exporter = start_textfile(Monitor(), sys.argv[1])
+exporter._write()
+"""
+
+
+def test_sigterm_in_the_middle_of_a_write_still_delivers(tmp_path):
+    run = subprocess.run([sys.executable, "-c", TERMINATED_WHILE_WRITING, str(tmp_path)], timeout=60, check=False)
+    assert run.returncode == -signal.SIGTERM
+    (path,) = tmp_path.iterdir()
+    assert read(path)["esper_inf_grad_count",] == 2
 
 
 def test_it_is_kept_fresh_while_nothing_is_bad(model, monitor, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.prometheus import EsperCollector
@@ -49,10 +49,9 @@ class TextfileExporter:
         run = monitor.snapshot.run
         self.path = Path(directory) / f"esper-{run.run_id}-{run.rank}.prom"
         self._monitor = monitor
-        self._registry = CollectorRegistry()
-        self._registry.register(EsperCollector(monitor, labels={"run_id": run.run_id, "rank": str(run.rank)}))
+        self._collector = EsperCollector(monitor, labels={"run_id": run.run_id, "rank": str(run.rank)})
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # SIGTERM may come in the middle of a write, and writes once more
         self._failed = False
         self._written: tuple[int, int] = (0, 0)
         self._written_at = 0.0
@@ -101,7 +100,7 @@ class TextfileExporter:
     def _write(self) -> None:
         with self._lock:
             recent = self._monitor.snapshot.recent.read(time.monotonic())
-            page = generate_latest(self._registry)
+            page = generate_latest(self._collector)
             draft = self.path.with_suffix(".tmp")  # node_exporter reads *.prom only
             try:
                 draft.write_bytes(page)
