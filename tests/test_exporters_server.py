@@ -255,6 +255,27 @@ def test_a_flood_takes_no_more_than_the_servers_share_of_a_core(serve):
     assert share < 0.04
 
 
+def test_of_clients_that_come_all_at_once_no_more_are_held_than_the_bound(serve, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 20)
+    exporter = serve()
+    with ExitStack() as clients:
+        connected = [
+            clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)
+        ]
+        until(lambda: sum(map(is_dropped, connected)) >= 80)
+        assert sum(map(is_dropped, connected)) == 80
+
+
+def is_dropped(client):
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
 def test_ten_thousand_bad_layers_are_a_bounded_page(serve):
     layers = tuple(LayerCounts(f"layers.{number}.weight", number, 1, 10**6) for number in range(10_000, 0, -1))
     names = tuple(layer.layer_name for layer in layers)

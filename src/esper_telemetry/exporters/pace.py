@@ -42,6 +42,8 @@ class PacedSelector(selectors.DefaultSelector):
         over = self._paid_until - now - BURST_SECONDS / SHARE
         if over <= 0:
             return super().select(timeout)
+        if timeout == 0:  # the loop is amid a round: what is ready is done first, and nothing new is taken in
+            return []
         sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
         events = super().select(timeout)
         return random.sample(events, min(len(events), _EVENTS_PER_ROUND))

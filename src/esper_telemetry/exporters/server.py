@@ -34,6 +34,7 @@ FOLLOW_SECONDS = 0.5
 """How often the guard may look whether its rules have changed."""
 
 _ACCEPTS_PER_ROUND = 8
+_PIPELINE_SECONDS = 0.001
 _GOODBYE_SECONDS = 1.0
 _MAX_HEADER_BYTES = 16 * 1024
 _MAX_KNOWN = 64
@@ -160,7 +161,9 @@ class HttpServer:
         task = asyncio.current_task()
         assert task is not None
         if len(self._clients) >= MAX_CONNECTIONS:
-            next(iter(self._clients)).cancel()
+            idle_longest = next(iter(self._clients))
+            del self._clients[idle_longest]  # so that the next newcomer does not choose it again
+            idle_longest.cancel()
         self._clients[task] = wire = writer.transport
         wire.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
         try:
@@ -237,6 +240,8 @@ class _Connection:
             await self._send(await self._respond(request), asked.last, with_body=asked.method != "HEAD")
             if asked.last:
                 return
+            if self._read:  # who sends many requests at once gives others a turn after each
+                await asyncio.sleep(_PIPELINE_SECONDS)
 
     async def _next_request(self) -> _Asked | None:
         """Read up to the end of a request; a client may be idle before it, but not dawdle in it."""
