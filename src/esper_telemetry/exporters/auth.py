@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("a web config file needs PyYAML and bcrypt: pip install 'esper-telemetry[server]'") from error
 
-SHARE = 0.02
+SHARE = 0.005
 """How much of one core checks may take, once a first few were made."""
 
 MAX_WAITING = 16

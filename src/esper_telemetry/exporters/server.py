@@ -33,7 +33,7 @@ IDLE_SECONDS = 90.0
 FOLLOW_SECONDS = 0.5
 """How often the guard may look whether its rules have changed."""
 
-_ACCEPTS_PER_ROUND = 8
+_ACCEPTS_PER_ROUND = 4
 _PIPELINE_SECONDS = 0.001
 _GOODBYE_SECONDS = 1.0
 _MAX_HEADER_BYTES = 16 * 1024
