@@ -1,6 +1,7 @@
 """Take the pictures of the exporter's page in docs/pictures: real runs, real faults, a real browser; about a minute."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ PICTURES = Path("docs/pictures")
 SCREEN, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 FIRST_ANSWER_MS = 60_000.0
 TROUBLE_MS = 120_000.0
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # so that the runs leave each other, and the browser, some processor time
 
 PPO = (str(Path(sys.executable).with_name("esper")), "ppo", "--episodes", "1000000")
 RUNS = {
@@ -33,7 +35,9 @@ def run(command):
     """Run a trainer and yield it, with the `.url` of its exporter."""
     address = f"127.0.0.1:{free_port()}"
     option = "--listen-address" if "ppo" in command else "--address"
-    trainer = subprocess.Popen([*command, option, address], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    trainer = subprocess.Popen(
+        [*command, option, address], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | ONE_THREAD
+    )
     trainer.url = f"http://{address}"
     try:
         yield trainer
