@@ -10,7 +10,7 @@ import trustme
 
 AUTHORITY = trustme.CA()
 
-SECRET_HASH = bcrypt.hashpw(b"secret", b"$2b$04$" + b"o" * 22).decode()  # a fixed salt: it stands in names of tests
+SECRET_HASH = bcrypt.hashpw(b"secret", b"$2b$04$" + b"." * 22).decode()  # a fixed salt: it stands in names of tests
 
 
 def write_pair(folder, name="server", authority=AUTHORITY):
