@@ -11,7 +11,8 @@ run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0
 
 test: $(INSTALLED)  ## Run every test; servers that are missing are fetched first
 	$(BIN)/python -m deploy.stack.servers
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 4 --dist worksteal  # most of them wait
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --ignore tests/end_to_end
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup tests/end_to_end  # they wait
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .

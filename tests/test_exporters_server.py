@@ -259,9 +259,7 @@ def test_of_clients_that_come_all_at_once_no_more_are_held_than_the_bound(serve,
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 20)
     exporter = serve()
     with ExitStack() as clients:
-        connected = [
-            clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)
-        ]
+        connected = [clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)]
         until(lambda: sum(map(is_dropped, connected)) >= 80)
         assert sum(map(is_dropped, connected)) == 80
 

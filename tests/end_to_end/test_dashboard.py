@@ -19,6 +19,8 @@ from grafana.panels import STATE_WORDS
 from tests import dashboard
 from tests.end_to_end.stack import Stack, query, read_until, until
 
+pytestmark = pytest.mark.xdist_group("dashboard")  # one process, so that the runs are started once
+
 BOARD = json.loads(build.DASHBOARD.read_text(encoding="utf-8"))
 QUERIES = {(panel["title"], target["refId"]): target for panel, target in dashboard.targets(BOARD)}
 NO_SCALER = {("AMP loss scale", "A"), ("AMP loss scale", "B")}
@@ -37,7 +39,7 @@ NO_PUSH = {("Faults of our own", "C")}
 FAULT = ("--inject", "nan:7@40:action_net.weight", "--inject", "inf:2@40:action_net.weight", "--on-critical", "skip")
 TRAINERS = {
     "HEALTHY": (),
-    "WARNING": ("--inject", "inf:2@3:2.weight", "--window", "120"),
+    "WARNING": ("--inject", "inf:2@3:2.weight", "--window", "3600"),
     "NOT MEASURING": ("--pause", "1000"),
     "GONE": (),
     "DRILL": ("--allow-drill",),
