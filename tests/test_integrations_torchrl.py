@@ -14,8 +14,6 @@ from tests.documents import blocks, without_our_lines
 
 CODE = blocks()["TorchRL"]
 
-torch.distributions.Distribution.set_default_validate_args(__debug__)  # TorchRL turned it off for the whole process
-
 
 def run(code, monkeypatch, bad_at=0, value=math.nan):
     """Run the loop of the documentation on made-up transitions; return (snapshots, losses)."""

@@ -1,9 +1,16 @@
 import re
 
 import pytest
+from torch.distributions import Distribution
 
 from esper_telemetry.faults import Fault
 from esper_telemetry.ppo import Options, PPOJob
+
+
+@pytest.fixture(autouse=True)
+def _validated_distributions(monkeypatch):
+    """Let torch check what a policy predicts, as in a new process: torch.compile and TorchRL end that for good."""
+    monkeypatch.setattr(Distribution, "_validate_args", True)
 
 
 class Silent:

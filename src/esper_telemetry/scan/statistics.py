@@ -106,7 +106,7 @@ class _Moments:
         low, high = (bound.item() for bound in torch.aminmax(chunk))
         scratch = torch.sub(chunk, mean)
         squares = torch.dot(scratch, scratch).item()
-        if not _TINY < squares < math.inf and low < high:
+        if not math.isfinite(mean) or (low < high and not _TINY < squares < math.inf):
             squares, mean = _wide_moments(chunk)
         self._merge(chunk.numel(), mean, squares, low, high)
         self._count_sizes(chunk, torch.abs(chunk, out=scratch), max(-low, high))
