@@ -25,7 +25,7 @@ stack: $(INSTALLED)  ## See a page arrive: a fault, Prometheus, Alertmanager and
 soak: $(INSTALLED)  ## Place 50 bad checks at random and count the pages; about 10 minutes
 	$(BIN)/python -m deploy.stack.soak --placements 50
 
-bench: $(INSTALLED)  ## Measure the cost side by side with what people use today; about 10 minutes
+bench: $(INSTALLED)  ## Measure the cost side by side with what people use today; about 13 minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	$(BIN)/python -m benchmarks
 

@@ -79,7 +79,7 @@ def _measure(names: Sequence[str], rounds: int) -> dict[str, Section]:
         for name in names:
             task = progress.add_task(name, total=None)
             sections[name] = MEASURES[name](rounds, partial(progress.advance, task))
-            progress.update(task, total=rounds * len(sections[name].samples))
+            progress.update(task, total=sum(map(len, sections[name].samples.values())))
             gc.collect()  # the gradients of one set are gone before the next is made
     return sections
 

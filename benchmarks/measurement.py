@@ -6,7 +6,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
@@ -14,6 +14,9 @@ from statistics import median
 from torch.profiler import ProfilerActivity, profile
 
 Tick = Callable[[], object]
+
+OFTEN = 3
+"""Turns per round of contenders that differ by so little that one turn does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Section:
     """Hold what contenders took that were measured together.
 
     base: the contender that the others are compared with.
-    samples: contender -> seconds of one call, a sample per round.
+    samples: contender -> seconds of one call, a sample per turn.
     largest_layer: elements of the largest gradient; 0 where the work is a training run.
     skipped: contender -> why it could not be measured.
     """
@@ -62,16 +65,20 @@ class Section:
         return Spread.of(self.samples[name])
 
     def ratio(self, name: str, base: str | None = None) -> Spread:
-        """Return how many times as long as the base it took, compared within each round."""
-        pairs = zip(self.samples[name], self.samples[base or self.base], strict=True)
-        return Spread.of([mine / base for mine, base in pairs])
+        """Return how many times as long as the base, which has as many turns or more, it took at the same turn."""
+        mine, theirs = self.samples[name], self.samples[base or self.base]
+        pairs = zip(mine, theirs[:: len(theirs) // len(mine)], strict=True)
+        return Spread.of([seconds / reference for seconds, reference in pairs])
 
 
-def alternate(timed: Mapping[str, Callable[[], float]], rounds: int, tick: Tick) -> dict[str, list[float]]:
-    """Let each contender return its seconds once per round, in another order each round."""
+def alternate(
+    timed: Mapping[str, Callable[[], float]], rounds: int, tick: Tick, often: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """Let each contender return its seconds once per round, in another order each round; those in `often` thrice."""
     samples: dict[str, list[float]] = {name: [] for name in timed}
-    for number in range(rounds):
-        for name in random.Random(number).sample(list(timed), len(timed)):
+    for number in range(rounds * OFTEN if often else rounds):
+        names = [name for name in timed if not often or name in often or number % OFTEN == 0]
+        for name in random.Random(number).sample(names, len(names)):
             samples[name].append(timed[name]())
             tick()
     return samples

@@ -14,17 +14,17 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Describe one target; `reach` returns what was reached in words and whether that meets it."""
+    """Describe one target; `reach` returns what was reached in words and whether that meets it, None if undecided."""
 
     section: str
     what: str
     target: str
-    reach: Callable[[Section], tuple[str, bool]]
+    reach: Callable[[Section], tuple[str, bool | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Hold what became of a target; met is None where its section was not measured."""
+    """Hold what became of a target; met is None where it was not measured, or not well enough."""
 
     what: str
     target: str
@@ -63,12 +63,13 @@ def _faster(section: str, what: str, name: str, base: str, limit: float) -> Targ
 
 
 def _overhead(section: str, what: str, limit: float) -> Target:
-    """Allow `watch()` to add at most the share `limit` to a run."""
+    """Allow `watch()` to add at most the share `limit` to a run; no run that differs more from itself decides it."""
 
-    def reach(measured: Section) -> tuple[str, bool]:
+    def reach(measured: Section) -> tuple[str, bool | None]:
         added = measured.ratio(steps.OURS).median - 1
         control = measured.ratio(steps.CONTROL).median - 1
-        return f"{added:+.1%} (no monitoring against itself: {control:+.1%})", added <= limit
+        words = f"{added:+.1%} (no monitoring against itself: {control:+.1%})"
+        return words, added <= limit if abs(control) < limit else None
 
     return Target(section, what, f"<= {limit:.1%} added", reach)
 
