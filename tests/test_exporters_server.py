@@ -265,6 +265,20 @@ def test_of_clients_that_come_all_at_once_no_more_are_held_than_the_bound(serve,
         assert sum(map(is_dropped, connected)) == 80
 
 
+def test_a_flood_of_newcomers_does_not_cost_a_scraper_its_connection(serve, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 20)
+    exporter = serve()
+    request = b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n"
+    with ExitStack() as clients:
+        scraper = clients.enter_context(closing(socket.create_connection(address_of(exporter), timeout=10)))
+        scraper.sendall(request)
+        assert scraper.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connected = [clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)]
+        until(lambda: sum(map(is_dropped, connected)) >= 81)
+        scraper.sendall(request)
+        assert scraper.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
 def is_dropped(client):
     client.setblocking(False)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import math
 import selectors
 from time import monotonic, sleep, thread_time
 
@@ -13,37 +13,56 @@ BURST_SECONDS = 0.25
 """How much processor time it may take at once, after a quiet while: enough to let 600 clients in without a rest."""
 
 _SHORTEST_REST = 0.01  # so that what comes meanwhile is handled together
-_LONGEST_REST = 0.2  # so that nobody waits long for a turn
-_EVENTS_PER_ROUND = 64
+_LONGEST_REST = 0.1  # so that nobody waits long for a turn
+_FIRST_TURNS = 4
+_MOST_TURNS = 16  # so that no round is long
+
+_Event = tuple[selectors.SelectorKey, int]
 
 
 class PacedSelector(selectors.DefaultSelector):
     """Rest between two rounds of an event loop, so that it takes no more than its share of one core.
 
     While the loop rests, what clients do waits in the kernel, where it costs nothing. In the next round they have their
-    turn, or, where they are very many, some of them by chance. A loop that is not busy never rests.
+    turn, or, where they want more than the loop may give, some of them: those that are known first, and of them those
+    whose last turn is the longest ago, so that who asks now and then is not kept waiting by strangers or by those who
+    always ask. A loop that is not busy never rests.
+
+    known: file descriptors of clients that were answered before.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._used = 0.0
+        self._used = math.inf  # what the thread did before its first round is not counted
         self._paid_until = 0.0
+        self._turns = _FIRST_TURNS
+        self._last_turn: dict[int, float] = {}  # by file descriptor, of which there are as many as clients at most
+        self.known: set[int] = set()
 
     @property
     def strained(self) -> bool:
         """Tell whether more than half of what the loop may take at once is used up."""
         return self._paid_until - monotonic() > BURST_SECONDS / SHARE / 2
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+    def select(self, timeout: float | None = None) -> list[_Event]:
         """Rest for what the last round has cost, then wait for events as usual."""
         now = monotonic()
         before, self._used = self._used, thread_time()
-        self._paid_until = max(self._paid_until, now) + (self._used - before) / SHARE
+        self._paid_until = max(self._paid_until, now) + max(self._used - before, 0.0) / SHARE
         over = self._paid_until - now - BURST_SECONDS / SHARE
         if over <= 0:
-            return super().select(timeout)
+            self._turns = _FIRST_TURNS
+            return self._in_turn(super().select(timeout), _MOST_TURNS)
         if timeout == 0:  # the loop is amid a round: what is ready is done first, and nothing new is taken in
             return []
         sleep(min(max(over, _SHORTEST_REST), _LONGEST_REST))
-        events = super().select(timeout)
-        return random.sample(events, min(len(events), _EVENTS_PER_ROUND))
+        self._turns = max(self._turns // 2, 1) if over > _LONGEST_REST else min(self._turns + 1, _MOST_TURNS)
+        return self._in_turn(super().select(timeout), self._turns)
+
+    def _in_turn(self, events: list[_Event], turns: int) -> list[_Event]:
+        events.sort(key=lambda event: self._last_turn.get(event[0].fd, 0.0))
+        known = [event for event in events if event[0].fd in self.known][:turns]
+        strangers = [event for event in events if event[0].fd not in self.known]
+        taken = known + strangers[: max(turns - len(known), 1)]
+        self._last_turn.update(dict.fromkeys((key.fd for key, _ in taken), monotonic()))
+        return taken

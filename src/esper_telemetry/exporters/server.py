@@ -1,8 +1,8 @@
 """A small HTTP/1.1 server: one thread, bounded connections, bounded work, and a deadline on what a client may delay.
 
 The standard library's threading server gives every idle client a thread and lets a silent one block; here all clients
-share one event loop, h11 reads their requests, and the longest idle one makes room for a new one. A scraper sends the
-same bytes each time, so a request that was read before is known by its bytes.
+share one event loop, h11 reads their requests, and a new one takes the place of one that was never answered, or else of
+the longest idle one. A scraper sends the same bytes each time, so a request that was read before is known by its bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IDLE_SECONDS = 90.0
 FOLLOW_SECONDS = 0.5
 """How often the guard may look whether its rules have changed."""
 
-_ACCEPTS_PER_ROUND = 4
+_ACCEPTS_PER_ROUND = 1  # the selector rests between rounds, so that newcomers are not let in all at once
 _PIPELINE_SECONDS = 0.001
 _GOODBYE_SECONDS = 1.0
 _MAX_HEADER_BYTES = 16 * 1024
@@ -104,6 +104,7 @@ class HttpServer:
         self._respond = respond
         self._guard = guard
         self._clients: dict[asyncio.Task[None], asyncio.WriteTransport] = {}  # the longest idle one first
+        self._strangers: dict[asyncio.Task[None], None] = {}  # those that were never answered, the oldest first
         self._known: dict[bytes, _Asked] = {}
         self._pace = PacedSelector()
         self._loop = asyncio.SelectorEventLoop(self._pace)
@@ -127,7 +128,7 @@ class HttpServer:
         self._listener.close()
         nothing = os.open(os.devnull, os.O_RDWR)
         for wire in self._clients.values():
-            if (copy := wire.get_extra_info("socket").fileno()) >= 0:
+            if (copy := _number(wire)) >= 0:
                 os.dup2(nothing, copy, inheritable=False)  # the number stays taken: the event loop's copy will close it
         os.close(nothing)
 
@@ -161,15 +162,15 @@ class HttpServer:
         task = asyncio.current_task()
         assert task is not None
         if len(self._clients) >= MAX_CONNECTIONS:
-            idle_longest = next(iter(self._clients))
-            del self._clients[idle_longest]  # so that the next newcomer does not choose it again
-            idle_longest.cancel()
+            self._make_room()
         self._clients[task] = wire = writer.transport
+        self._strangers[task] = None
+        number = _number(wire)
         wire.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
         try:
             if await self._let_in(writer):
                 connection = _Connection(reader, writer, wire, self._known, self._guarded)
-                await connection.serve(on_request=lambda: self._touch(task))
+                await connection.serve(on_answer=lambda: self._touch(task, number))
             writer.close()
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await writer.wait_closed()
@@ -177,7 +178,8 @@ class HttpServer:
             pass
         finally:
             wire.abort()
-            self._clients.pop(task, None)
+            self._forget(task)
+            self._pace.known.discard(number)
 
     async def _let_in(self, writer: asyncio.StreamWriter) -> bool:
         if writer.get_extra_info("peername") is None:  # gone already
@@ -195,9 +197,21 @@ class HttpServer:
             return response
         return replace(response, headers=(*response.headers, *self._guard.headers))
 
-    def _touch(self, task: asyncio.Task[None]) -> None:
+    def _make_room(self) -> None:
+        """Drop the oldest client that was never answered: a flood does not cost a scraper its connection."""
+        dropped = next(iter(self._strangers), None) or next(iter(self._clients))
+        self._forget(dropped)  # so that the next newcomer does not choose it again
+        dropped.cancel()
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._clients.pop(task, None)
+        self._strangers.pop(task, None)
+
+    def _touch(self, task: asyncio.Task[None], number: int) -> None:
         if task in self._clients:
             self._clients[task] = self._clients.pop(task)
+            self._strangers.pop(task, None)
+            self._pace.known.add(number)
 
 
 class _TlsProtocol(asyncio.StreamReaderProtocol):
@@ -226,7 +240,7 @@ class _Connection:
         self._client = writer.get_extra_info("peername")[0]
         self._read = b""  # what has come and was not asked for yet
 
-    async def serve(self, on_request: Callable[[], None]) -> None:
+    async def serve(self, on_answer: Callable[[], None]) -> None:
         while True:
             try:
                 asked = await self._next_request()
@@ -235,9 +249,11 @@ class _Connection:
                 return
             if asked is None:
                 return
-            on_request()
             request = Request(asked.method, asked.path, asked.query, asked.headers, self._client)
-            await self._send(await self._respond(request), asked.last, with_body=asked.method != "HEAD")
+            response = await self._respond(request)
+            if response.status == HTTPStatus.OK:
+                on_answer()
+            await self._send(response, asked.last, with_body=asked.method != "HEAD")
             if asked.last:
                 return
             if self._read:  # who sends many requests at once gives others a turn after each
@@ -294,6 +310,12 @@ class _Connection:
             await self._writer.drain()
             while self._wire.get_write_buffer_size():  # TLS calls its data written when it is encrypted
                 await asyncio.sleep(0.01)
+
+
+def _number(wire: asyncio.WriteTransport) -> int:
+    """Return the number of a client's file descriptor, -1 when it is closed."""
+    number: int = wire.get_extra_info("socket").fileno()
+    return number
 
 
 def _asked(request: h11.Request, last: bool) -> _Asked:

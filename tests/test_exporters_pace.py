@@ -1,0 +1,65 @@
+import socket
+from contextlib import ExitStack, closing
+from itertools import pairwise
+from selectors import EVENT_READ
+from time import thread_time
+
+import pytest
+
+from esper_telemetry.exporters.pace import BURST_SECONDS, PacedSelector
+
+CLIENTS = 40
+
+
+@pytest.fixture
+def busy():
+    """Return a selector whose burst is used up, and the file descriptors of clients that all want something."""
+    with ExitStack() as open_ones:
+        pace = open_ones.enter_context(closing(PacedSelector()))
+        numbers = []
+        for _ in range(CLIENTS):
+            server, client = (open_ones.enter_context(closing(each)) for each in socket.socketpair())
+            client.send(b"x")
+            pace.register(server, EVENT_READ)
+            numbers.append(server.fileno())
+        pace.select(0)
+        started = thread_time()
+        while thread_time() - started < 2 * BURST_SECONDS:
+            pass
+        yield pace, numbers
+
+
+def served(pace):
+    return [key.fd for key, _ in pace.select()]
+
+
+def test_who_is_known_has_a_turn_before_strangers_do(busy):
+    pace, numbers = busy
+    pace.known.add(numbers[-1])
+    assert all(numbers[-1] in served(pace) for _ in range(3))
+
+
+def test_strangers_have_a_turn_however_many_are_known(busy):
+    pace, numbers = busy
+    pace.known.update(numbers[1:])
+    assert numbers[0] in served(pace)
+
+
+def test_nobody_has_a_second_turn_before_everybody_had_one(busy):
+    pace, numbers = busy
+    turns = []
+    while not turns.count(numbers[0]) > 2:
+        turns += served(pace)
+    for number in numbers:
+        places = [place for place, each in enumerate(turns) if each == number]
+        assert all(later - earlier >= CLIENTS for earlier, later in pairwise(places))
+
+
+def test_a_selector_that_is_not_busy_neither_rests_nor_holds_back():
+    with closing(PacedSelector()) as pace, ExitStack() as open_ones:
+        for _ in range(3):
+            server, client = (open_ones.enter_context(closing(each)) for each in socket.socketpair())
+            client.send(b"x")
+            pace.register(server, EVENT_READ)
+        assert all(len(served(pace)) == 3 for _ in range(1000))
+        assert not pace.strained
