@@ -14,6 +14,7 @@ BURST_SECONDS = 0.25
 
 _SHORTEST_REST = 0.01  # so that what comes meanwhile is handled together
 _LONGEST_REST = 0.1  # so that nobody waits long for a turn
+_MOST_OWED = 0.02  # a garbage collection falls on any thread, and takes as long as the whole process is large
 _FIRST_TURNS = 4
 _MOST_TURNS = 16  # so that no round is long
 
@@ -48,7 +49,8 @@ class PacedSelector(selectors.DefaultSelector):
         """Rest for what the last round has cost, then wait for events as usual."""
         now = monotonic()
         before, self._used = self._used, thread_time()
-        self._paid_until = max(self._paid_until, now) + max(self._used - before, 0.0) / SHARE
+        paid_until = max(self._paid_until, now) + max(self._used - before, 0.0) / SHARE
+        self._paid_until = min(paid_until, now + (BURST_SECONDS + _MOST_OWED) / SHARE)
         over = self._paid_until - now - BURST_SECONDS / SHARE
         if over <= 0:
             self._turns = _FIRST_TURNS
