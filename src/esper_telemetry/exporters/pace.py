@@ -14,7 +14,7 @@ BURST_SECONDS = 0.25
 
 _SHORTEST_REST = 0.01  # so that what comes meanwhile is handled together
 _LONGEST_REST = 0.1  # so that nobody waits long for a turn
-_MOST_OWED = 0.02  # a garbage collection falls on any thread, and takes as long as the whole process is large
+_MOST_OWED = 0.006  # a garbage collection falls on any thread, and takes as long as the whole process is large
 _FIRST_TURNS = 4
 _MOST_TURNS = 16  # so that no round is long
 
