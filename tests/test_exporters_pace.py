@@ -1,5 +1,4 @@
 import socket
-from collections import Counter
 from contextlib import ExitStack, closing
 from selectors import EVENT_READ
 from time import thread_time
@@ -45,13 +44,11 @@ def test_strangers_have_a_turn_however_many_are_known(busy):
     assert numbers[0] in served(pace)
 
 
-def test_nobody_has_many_turns_while_another_has_none(busy):
+def test_those_who_always_ask_have_their_turns_in_a_circle(busy):
     pace, numbers = busy
-    turns = Counter(dict.fromkeys(numbers, 0))
-    for _ in range(30):
-        turns.update(served(pace))
-        assert max(turns.values()) - min(turns.values()) <= 2
-    assert min(turns.values()) > 0
+    turns = [number for _ in range(40) for number in served(pace)]
+    assert set(turns[:CLIENTS]) == set(numbers)
+    assert turns[CLIENTS:] == turns[:-CLIENTS]
 
 
 def test_a_selector_that_is_not_busy_neither_rests_nor_holds_back():

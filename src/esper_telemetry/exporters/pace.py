@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import selectors
+from itertools import count
 from time import monotonic, sleep, thread_time
 
 SHARE = 0.02
@@ -16,7 +17,7 @@ _SHORTEST_REST = 0.01  # so that what comes meanwhile is handled together
 _LONGEST_REST = 0.1  # so that nobody waits long for a turn
 _MOST_OWED = 0.006  # a garbage collection falls on any thread, and takes as long as the whole process is large
 _FIRST_TURNS = 4
-_MOST_TURNS = 16  # so that no round is long
+_MOST_TURNS = 8  # so that no round is long
 
 _Event = tuple[selectors.SelectorKey, int]
 
@@ -37,7 +38,8 @@ class PacedSelector(selectors.DefaultSelector):
         self._used = math.inf  # what the thread did before its first round is not counted
         self._paid_until = 0.0
         self._turns = _FIRST_TURNS
-        self._last_turn: dict[int, float] = {}  # by file descriptor, of which there are as many as clients at most
+        self._turn_numbers = count(1)
+        self._last_turn: dict[int, int] = {}  # by file descriptor, of which there are as many as clients at most
         self.known: set[int] = set()
 
     @property
@@ -62,9 +64,9 @@ class PacedSelector(selectors.DefaultSelector):
         return self._in_turn(super().select(timeout), self._turns)
 
     def _in_turn(self, events: list[_Event], turns: int) -> list[_Event]:
-        events.sort(key=lambda event: self._last_turn.get(event[0].fd, 0.0))
+        events.sort(key=lambda event: self._last_turn.get(event[0].fd, 0))
         known = [event for event in events if event[0].fd in self.known][:turns]
         strangers = [event for event in events if event[0].fd not in self.known]
         taken = known + strangers[: max(turns - len(known), 1)]
-        self._last_turn.update(dict.fromkeys((key.fd for key, _ in taken), monotonic()))
+        self._last_turn.update((key.fd, next(self._turn_numbers)) for key, _ in taken)
         return taken
