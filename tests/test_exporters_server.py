@@ -130,9 +130,11 @@ class TestTls:
             finish_with_goodbye(client, connection, incoming, outgoing)
         assert caplog.records == []
 
-    def test_handshakes_that_never_end_are_ended(self, serve, monkeypatch):
-        monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    @pytest.mark.parametrize(("said", "deadline"), [(b"\x16\x03", "REQUEST_SECONDS"), (b"", "IDLE_SECONDS")])
+    def test_neither_half_a_handshake_nor_silence_lasts(self, serve, monkeypatch, said, deadline):
+        monkeypatch.setattr(server, deadline, 0.2)
         with closing(socket.create_connection(address_of(serve(TLS)), timeout=30)) as stuck:
+            stuck.sendall(said)
             assert stuck.recv(1) == b""
 
 

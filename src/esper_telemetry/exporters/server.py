@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import h11
 
 from esper_telemetry.exporters.pace import PacedSelector
+from esper_telemetry.exporters.stream import Stream, TlsStream
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -147,8 +148,7 @@ class HttpServer:
                 task.cancel()
 
     def _protocol(self) -> asyncio.StreamReaderProtocol:
-        secure = self._guard is not None and self._guard.context is not None
-        return (_TlsProtocol if secure else asyncio.StreamReaderProtocol)(asyncio.StreamReader(), self._accept)
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(), self._accept)
 
     async def _follow_until_stopped(self) -> None:
         while not self._stopping.is_set():
@@ -166,11 +166,12 @@ class HttpServer:
         self._clients[task] = wire = writer.transport
         self._strangers[task] = None
         number = _number(wire)
-        wire.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
         try:
-            if await self._let_in(writer):
-                connection = _Connection(reader, writer, wire, self._known, self._guarded)
+            stream = await self._let_in(reader, writer)
+            if stream is not None:
+                connection = _Connection(stream, writer.get_extra_info("peername")[0], self._known, self._guarded)
                 await connection.serve(on_answer=lambda: self._touch(task, number))
+                stream.end()
             writer.close()
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await writer.wait_closed()
@@ -181,14 +182,18 @@ class HttpServer:
             self._forget(task)
             self._pace.known.discard(number)
 
-    async def _let_in(self, writer: asyncio.StreamWriter) -> bool:
+    async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Stream | None:
+        plain = Stream(reader, writer)
         if writer.get_extra_info("peername") is None:  # gone already
-            return False
+            return None
         if self._guard is None or self._guard.context is None:
-            return True
-        await writer.start_tls(self._guard.context, ssl_handshake_timeout=REQUEST_SECONDS)
-        writer.transport.set_write_buffer_limits(high=0)
-        return self._guard.may_enter(writer.get_extra_info("peercert"))
+            return plain
+        async with asyncio.timeout(IDLE_SECONDS):
+            received = await plain.read()
+        stream = TlsStream(reader, writer, self._guard.context, received)
+        async with asyncio.timeout(REQUEST_SECONDS):
+            certificate = await stream.shake_hands()
+        return stream if self._guard.may_enter(certificate) else None
 
     async def _guarded(self, request: Request) -> Response:
         refusal = None if self._guard is None else await self._guard.refusal(request)
@@ -214,30 +219,20 @@ class HttpServer:
             self._pace.known.add(number)
 
 
-class _TlsProtocol(asyncio.StreamReaderProtocol):
-    def eof_received(self) -> bool:
-        """Say what TLS allows; asyncio's own knows of TLS only after the handshake, and logs when a client is quick."""
-        super().eof_received()
-        return False
-
-
 class _Connection:
     """Answer one client's requests, one after the other."""
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        wire: asyncio.WriteTransport,
+        stream: Stream,
+        client: str,
         known: dict[bytes, _Asked],
         respond: Callable[[Request], Awaitable[Response]],
     ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._wire = wire  # what lies below TLS
+        self._stream = stream
+        self._client = client
         self._known = known
         self._respond = respond
-        self._client = writer.get_extra_info("peername")[0]
         self._read = b""  # what has come and was not asked for yet
 
     async def serve(self, on_answer: Callable[[], None]) -> None:
@@ -263,7 +258,7 @@ class _Connection:
         """Read up to the end of a request; a client may be idle before it, but not dawdle in it."""
         if not self._read:
             async with asyncio.timeout(IDLE_SECONDS):
-                self._read = await self._reader.read(_MAX_HEADER_BYTES)
+                self._read = await self._stream.read()
         asked = self._known.get(self._read)
         if asked is not None:
             self._read = b""
@@ -279,7 +274,7 @@ class _Connection:
         whole = True
         while not isinstance(event := http.next_event(), h11.EndOfMessage):
             if event is h11.NEED_DATA:
-                http.receive_data(await self._reader.read(_MAX_HEADER_BYTES))
+                http.receive_data(await self._stream.read())
                 whole = False
             elif isinstance(event, h11.Request):
                 request = event
@@ -299,17 +294,12 @@ class _Connection:
         self._known[read] = asked
 
     async def _send(self, response: Response, last: bool, with_body: bool = True) -> None:
-        self._writer.write(_head(response, last) + (response.body if with_body else b""))
-        if self._wire.get_write_buffer_size() or self._writer.transport.get_write_buffer_size():
-            await self._drain()
+        self._stream.write(_head(response, last) + (response.body if with_body else b""))
+        if self._stream.waiting:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                await self._stream.drain()
         if with_body:
             response.sent()
-
-    async def _drain(self) -> None:
-        async with asyncio.timeout(REQUEST_SECONDS):
-            await self._writer.drain()
-            while self._wire.get_write_buffer_size():  # TLS calls its data written when it is encrypted
-                await asyncio.sleep(0.01)
 
 
 def _number(wire: asyncio.WriteTransport) -> int:
