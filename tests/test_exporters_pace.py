@@ -21,11 +21,15 @@ def busy():
             client.send(b"x")
             pace.register(server, EVENT_READ)
             numbers.append(server.fileno())
-        pace.select(0)
-        started = thread_time()
-        while thread_time() - started < 2 * BURST_SECONDS:
-            pass
+        while pace.select(0):
+            work(0.005)
         yield pace, numbers
+
+
+def work(seconds):
+    started = thread_time()
+    while thread_time() - started < seconds:
+        pass
 
 
 def served(pace):
@@ -44,11 +48,31 @@ def test_strangers_have_a_turn_however_many_are_known(busy):
     assert numbers[0] in served(pace)
 
 
+def test_while_known_ones_wait_strangers_have_a_quarter_of_the_time(busy):
+    pace, numbers = busy
+    pace.known.update(numbers[1:])
+    spent = dict.fromkeys((True, False), 0.0)
+    for _ in range(40):
+        with_stranger = numbers[0] in served(pace)
+        started = thread_time()
+        work(0.001)
+        spent[with_stranger] += thread_time() - started
+    assert 0.15 < spent[True] / sum(spent.values()) < 0.3
+
+
 def test_those_who_always_ask_have_their_turns_in_a_circle(busy):
     pace, numbers = busy
     turns = [number for _ in range(40) for number in served(pace)]
     assert set(turns[:CLIENTS]) == set(numbers)
     assert turns[CLIENTS:] == turns[:-CLIENTS]
+
+
+def test_a_pause_as_long_as_a_garbage_collection_is_not_paid_for_by_those_who_ask():
+    with closing(PacedSelector()) as pace:
+        pace.select(0)
+        work(2 * BURST_SECONDS)
+        pace.select(0)
+        assert not pace.strained
 
 
 def test_a_selector_that_is_not_busy_neither_rests_nor_holds_back():
