@@ -29,7 +29,7 @@ bench: $(INSTALLED)  ## Measure the cost side by side with what people use today
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	$(BIN)/python -m benchmarks
 
-bench-serving: $(INSTALLED)  ## Attack an exporter, and measure what its training thread feels; about 8 minutes
+bench-serving: $(INSTALLED)  ## Attack an exporter, and measure what its training thread feels; about 10 minutes
 	$(BIN)/python -m benchmarks.serving --output benchmarks/SERVING.md
 
 screenshots: $(INSTALLED)  ## Take the pictures of the exporter's page from real runs; needs Chromium, and about a minute
