@@ -69,10 +69,7 @@ class TlsStream(Stream):
 
     async def read(self) -> bytes:
         """Return what has come, at least one byte and at most READ_BYTES; nothing at the end."""
-        try:
-            return await self._until_done(lambda: self._tls.read(READ_BYTES))
-        except ssl.SSLZeroReturnError:
-            return b""
+        return await self._until_done(lambda: self._tls.read(READ_BYTES))
 
     def write(self, data: bytes) -> None:
         """Hand data to the kernel, or keep what it does not take now."""
