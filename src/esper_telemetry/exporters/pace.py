@@ -82,12 +82,12 @@ class PacedSelector(selectors.DefaultSelector):
         events.sort(key=lambda event: self._last_turn.get(event[0].fd, 0))
         known = [event for event in events if event[0].fd in self.known][:turns]
         strangers = [event for event in events if event[0].fd not in self.known]
-        self._due_per_second = 0.0
+        self._due_per_second, room = 0.0, turns
         if known and strangers:
             # A round with both counts as one of the strangers, who are the dear ones.
             theirs = self._due_to_strangers >= 0
             self._due_per_second = -1.0 if theirs else _STRANGERS_SHARE / (1 - _STRANGERS_SHARE)
-            strangers = strangers[: max(turns - len(known), 1) if theirs else 0]
-        taken = known + strangers[:turns]
+            room = max(turns - len(known), 1) if theirs else 0
+        taken = known + strangers[:room]
         self._last_turn.update((key.fd, next(self._turn_numbers)) for key, _ in taken)
         return taken

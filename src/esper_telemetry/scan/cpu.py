@@ -30,7 +30,7 @@ _Layer = tuple[int, Tensor]
 _MANY = 64
 _STACKED_FROM = 8
 _STACKED_NUMEL = 4096
-_STACK_NUMEL = (1 << 15) - 1  # one more, and torch wakes a second thread for it
+_SERIAL_NUMEL = (1 << 15) - 1  # one more, and torch wakes a second thread for it
 
 
 def scan_cpu(gradients: Sequence[Tensor | None]) -> Scan:
@@ -104,7 +104,7 @@ def _small_norms(small: list[_Layer]) -> Iterator[tuple[_Layer, float]]:
 
 def _stacked_norms(shape: torch.Size, layers: list[_Layer]) -> list[float]:
     """Take the norms of many tiny gradients of one shape: a call for each would cost more than a copy."""
-    width = _STACK_NUMEL // max(1, shape.numel())
+    width = _SERIAL_NUMEL // max(1, shape.numel())
     norms: list[float] = []
     for start in range(0, len(layers), width):
         rows = torch.stack([gradient for _, gradient in layers[start : start + width]])
