@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.measurement import Section, Tick, alternate
 from esper_telemetry import watch
-from esper_telemetry.ppo import BATCH_SIZE, EPOCHS, ROLLOUT_STEPS
+from esper_telemetry.reference.ppo import BATCH_SIZE, EPOCHS, ROLLOUT_STEPS
 
 try:
     import wandb

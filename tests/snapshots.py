@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from esper_telemetry.amp import AmpState
-from esper_telemetry.heads import WatchedHeads
-from esper_telemetry.payload import PPOUpdatePayload
-from esper_telemetry.recent import LayerCounts
 from esper_telemetry.snapshot import RunInfo, Snapshot
+from esper_telemetry.snapshot.amp_state import AmpState
+from esper_telemetry.snapshot.heads import WatchedHeads
+from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
+from esper_telemetry.snapshot.recent import LayerCounts
 
 RUN = RunInfo(run_id="run-1", rank=0, world_size=1, host="box", pid=4711)
 NOW = 1000.0

@@ -13,9 +13,9 @@ import yaml
 
 from deploy.kubernetes import prometheusrule
 from deploy.stack import configs, servers
-from esper_telemetry import cli
-from esper_telemetry.exporters import environment
+from esper_telemetry.cli import main
 from esper_telemetry.exporters.address import DEFAULT_PORT
+from esper_telemetry.exporters.otlp import environment
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -143,7 +143,7 @@ def test_the_image_copies_what_exists_runs_as_nobody_and_serves_the_default_port
 )
 def test_esper_takes_the_arguments_it_is_given(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main([*arguments, "--seed", "refused"])
+        main([*arguments, "--seed", "refused"])
     assert capsys.readouterr().err == "esper ppo: --seed: expected a whole number, got 'refused'\n"
 
 

@@ -150,7 +150,7 @@ class TestDrill:
     def test_ends_by_itself(self, exporter, monkeypatch):
         assert self.drill(exporter) == 200
         later = time.monotonic() + 61
-        monkeypatch.setattr("esper_telemetry.exporters.drill.time.monotonic", lambda: later)
+        monkeypatch.setattr("esper_telemetry.exporters.routes.drill.time.monotonic", lambda: later)
         assert b"drill" not in get(exporter)[2]
 
     @pytest.mark.parametrize(

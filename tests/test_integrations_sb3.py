@@ -6,8 +6,8 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.logger import Logger
 
 from esper_telemetry import GradientsCritical, watch
-from esper_telemetry.faults import Fault, FaultInjector
 from esper_telemetry.integrations.sb3 import EsperCallback
+from esper_telemetry.reference.faults import Fault, FaultInjector
 
 
 def agent(algorithm=PPO, **options):

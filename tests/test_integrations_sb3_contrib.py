@@ -6,8 +6,8 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.logger import Logger
 
 from esper_telemetry import GradientsCritical, HealthTier, watch
-from esper_telemetry.faults import Fault, FaultInjector
 from esper_telemetry.integrations.sb3 import EsperCallback
+from esper_telemetry.reference.faults import Fault, FaultInjector
 from tests.documents import blocks
 
 CHECKS = 2 * 2 * 2  # two rollouts, two epochs, two batches

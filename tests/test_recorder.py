@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from esper_telemetry import GradientMonitor, recorder, watch
-from esper_telemetry.recording import Recording, read_recording
+from esper_telemetry.recorder.recording import Recording, read_recording
 from esper_telemetry.scan import first_bad_elements
 from tests.gradients import FLOAT8, gradients
 from tests.test_monitor_on_devices import Device
@@ -290,7 +290,7 @@ class TestNeverInTheWay:
         def full(_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("esper_telemetry.recording.os.fsync", full)
+        monkeypatch.setattr("esper_telemetry.recorder.recording.os.fsync", full)
         run = Run(tmp_path)
         run.check(BAD)
         assert run.monitor.snapshot.monitor_errors == 1

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_telemetry.scan import scan, total_norm
+from esper_telemetry.health import total_norm
+from esper_telemetry.scan import scan
 from esper_telemetry.scan.cpu import CHUNK, scan_cpu
 from esper_telemetry.scan.device import scan_device
 from tests.gradients import FLOAT8, expected_counts, gradients, lay_out

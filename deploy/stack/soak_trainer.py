@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from esper_telemetry import start_exporter, watch
-from esper_telemetry.faults import Fault, FaultInjector
+from esper_telemetry.reference.faults import Fault, FaultInjector
 
 PAUSE_SECONDS = 0.02
 LAST_SECONDS = 2.5  # two scrapes, which see that the run has ended

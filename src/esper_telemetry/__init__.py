@@ -12,9 +12,9 @@ from esper_telemetry.health import (
     aggregate_layer_gradient_health,
 )
 from esper_telemetry.monitor import GradientMonitor, GradientsCritical, watch
-from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.scan import collect_per_layer_gradients
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 
 __version__ = version("esper-telemetry")
 

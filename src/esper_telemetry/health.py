@@ -1,7 +1,8 @@
-"""What a gradient check means: tiers, per-layer statistics and their sum over layers. No torch."""
+"""What a gradient check means: tiers, norms, per-layer statistics and their sum over layers. No torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -88,3 +89,10 @@ def aggregate_layer_gradient_health(stats: Iterable[LayerGradientStats]) -> Grad
         exploding_layers=sum(layer.exploding for layer in layers),
         layer_gradient_health={layer.layer_name: layer.tier for layer in layers},
     )
+
+
+def total_norm(norms: Iterable[float | None]) -> float:
+    """Combine L2 norms as torch would: NaN where one is NaN, else Inf where one is, never an overflow of squares."""
+    taken = [norm for norm in norms if norm is not None]
+    total = math.hypot(*taken)
+    return total if math.isfinite(total) else sum(taken)

@@ -16,8 +16,8 @@ from esper_telemetry import (
     start_exporter,
     watch,
 )
-from esper_telemetry.faults import Fault
-from esper_telemetry.ppo import Options, PPOJob
+from esper_telemetry.reference.faults import Fault
+from esper_telemetry.reference.ppo import Options, PPOJob
 
 
 class Silent:

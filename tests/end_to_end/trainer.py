@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from esper_telemetry import start_exporter, start_otlp, start_textfile, watch
-from esper_telemetry.faults import Fault, FaultInjector
+from esper_telemetry.reference.faults import Fault, FaultInjector
 
 HUGE = 3e38  # finite in float32; the norm of two is not
 

@@ -20,17 +20,17 @@ from prometheus_client.exposition import choose_encoder
 
 from esper_telemetry import metrics
 from esper_telemetry.exporters.address import default_address, parse_address
-from esper_telemetry.exporters.drill import Drill
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
-from esper_telemetry.exporters.page import PAGE, PAGE_HEADERS
 from esper_telemetry.exporters.prometheus import EsperCollector
+from esper_telemetry.exporters.routes.drill import Drill
+from esper_telemetry.exporters.routes.page import PAGE, PAGE_HEADERS
+from esper_telemetry.exporters.routes.status import status_json
 from esper_telemetry.exporters.samples import Sample, Source
-from esper_telemetry.exporters.server import HttpServer, Request, Response
-from esper_telemetry.exporters.status import status_json
+from esper_telemetry.exporters.web.server import HttpServer, Request, Response
 from esper_telemetry.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from esper_telemetry.exporters.access import Access
+    from esper_telemetry.exporters.web.access import Access
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -211,7 +211,7 @@ def start_exporter(
 
 
 def _access(web_config_file: str | os.PathLike[str]) -> Access:
-    from esper_telemetry.exporters.access import Access  # needs the extra
+    from esper_telemetry.exporters.web.access import Access  # needs the extra
 
     try:
         return Access(web_config_file)

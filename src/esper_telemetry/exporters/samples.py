@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 from esper_telemetry import metrics
 from esper_telemetry.metrics import Metric
-from esper_telemetry.recent import MAX_LAYERS
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.recent import MAX_LAYERS
 
 version = cache(metadata.version)  # it reads a file
 

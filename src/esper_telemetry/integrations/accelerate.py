@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import serve
-from esper_telemetry.layers import Model, named_modules
 from esper_telemetry.monitor import GradientMonitor, watch
+from esper_telemetry.scan.layers import Model, named_modules
 
 try:
     from accelerate import Accelerator  # type: ignore[import-untyped, unused-ignore]

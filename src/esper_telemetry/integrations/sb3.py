@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import serve
 from esper_telemetry.monitor import GradientMonitor, watch
-from esper_telemetry.payload import PPOUpdatePayload
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 
 try:
     from stable_baselines3.common.callbacks import BaseCallback

@@ -4,7 +4,7 @@ from esper_telemetry.scan.clip import ClipScan
 from esper_telemetry.scan.dispatch import Scanner, scan
 from esper_telemetry.scan.early import with_early
 from esper_telemetry.scan.elements import BadElement, first_bad_elements
-from esper_telemetry.scan.result import PendingScan, Scan, total_norm
+from esper_telemetry.scan.result import PendingScan, Scan
 from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe, with_dead_and_exploding
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "describe",
     "first_bad_elements",
     "scan",
-    "total_norm",
     "with_dead_and_exploding",
     "with_early",
 ]

@@ -10,8 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from esper_telemetry.health import total_norm
 from esper_telemetry.scan.layouts import flats, local_numel, materialize, widen
-from esper_telemetry.scan.result import Scan, total_norm
+from esper_telemetry.scan.result import Scan
 
 CHUNK = 1 << 16
 """Elements whose norm is taken together: rows of this length keep every core reading."""

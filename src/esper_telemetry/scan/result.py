@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,10 +41,3 @@ class PendingScan(Protocol):
 
     def result(self) -> Scan:
         """Return what was found; wait for it when it is not there yet."""
-
-
-def total_norm(norms: Iterable[float | None]) -> float:
-    """Combine L2 norms as torch would: NaN where one is NaN, else Inf where one is, never an overflow of squares."""
-    taken = [norm for norm in norms if norm is not None]
-    total = math.hypot(*taken)
-    return total if math.isfinite(total) else sum(taken)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper_telemetry.health import DEAD_ZERO_FRACTION, EXPLODING_LARGE_FRACTION, LayerGradientStats
-from esper_telemetry.layers import Model, named_layers
+from esper_telemetry.scan.layers import Model, named_layers
 from esper_telemetry.scan.layouts import flats, local_numel, materialize, widen
 from esper_telemetry.scan.result import Scan
 

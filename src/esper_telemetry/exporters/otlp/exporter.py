@@ -1,0 +1,114 @@
+"""Push a monitor's snapshot over OTLP, where nobody can scrape."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from esper_telemetry.exporters.exit import at_exit, not_at_exit
+from esper_telemetry.exporters.otlp.bell import Bell
+from esper_telemetry.exporters.otlp.environment import interval_seconds, metrics_url, without_secrets
+from esper_telemetry.snapshot import Snapshot
+
+logger = logging.getLogger("esper_telemetry")
+
+_RETRY_SECONDS = 5.0
+_REPEAT_SECONDS = 1.0
+
+
+class Watched(Protocol):
+    """A monitor: a snapshot, and news of each check."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Return what the last check found."""
+
+    def on_check(self, listener: Callable[[Snapshot], None]) -> Callable[[], None]:
+        """Call `listener` with each new snapshot."""
+
+
+class OtlpExporter:
+    """Push a monitor's snapshot until `close()`, or until the process ends.
+
+    One thread pushes: at once after a bad check, while checks go on being bad once a second, and otherwise at the
+    interval. There is no queue: each push shows the snapshot of its moment, whose counters and recent maxima hold
+    what happened before. A forked child pushes nothing.
+    """
+
+    def __init__(self, monitor: Watched, endpoint: str | None, deadline: float) -> None:
+        target = metrics_url(endpoint)
+        self.url = without_secrets(target)
+        self._interval = interval_seconds()
+        from esper_telemetry.exporters.otlp.sender import OtlpSender  # OpenTelemetry takes a while to import
+
+        self._sender = OtlpSender(monitor, target)
+        self._deadline_seconds = deadline
+        self._deadline: float | None = None
+        self._closed = False
+        self._news = Bell()
+        self._stop = Bell()
+        self._pid = os.getpid()
+        self._forget = monitor.on_check(self._see)
+        self._thread = threading.Thread(target=self._run, name="esper-otlp", daemon=True)
+        self._thread.start()
+        at_exit(self.close)
+
+    @property
+    def failures(self) -> int:
+        """Return how many pushes did not arrive."""
+        return self._sender.failures
+
+    def close(self) -> None:
+        """Push the last state, and wait for that until the deadline at most; a second call does nothing."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        if self._deadline is None:  # else a signal interrupts the first call, and dies of it: wait here
+            self._deadline = time.monotonic() + self._deadline_seconds
+            self._forget()
+            self._stop.ring()
+            self._news.ring()
+            self._sender.interrupt()
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0))
+        if self._closed:
+            return
+        self._closed = True
+        not_at_exit(self.close)
+        if self._thread.is_alive() or self._sender.trouble:
+            reason = self._sender.trouble or f"no answer in {self._deadline_seconds:g} s"
+            logger.warning("esper: the last state did not reach %s: %s", self.url, reason)
+
+    def _see(self, snapshot: Snapshot) -> None:
+        if snapshot.inf_grad_count or snapshot.nan_grad_count:
+            self._news.ring()
+
+    def _run(self) -> None:
+        rung = False
+        while self._deadline is None:
+            self._push()
+            if rung:
+                self._stop.wait(_REPEAT_SECONDS)
+            rung = self._news.wait(min(self._interval, _RETRY_SECONDS) if self._sender.trouble else self._interval)
+        self._sender.send(timeout=max(self._deadline - time.monotonic(), 0.1))
+
+    def _push(self) -> None:
+        first = self._sender.failures == 0
+        self._sender.send()
+        trouble = self._sender.trouble
+        if trouble and first and self._deadline is None:
+            logger.warning("esper: a push to %s failed; this is counted and not logged again: %s", self.url, trouble)
+
+
+def start_otlp(monitor: Watched, endpoint: str | None = None, *, deadline: float = 5.0) -> OtlpExporter:
+    """Push what `monitor` measures over OTLP (HTTP, protobuf), and return the exporter.
+
+    endpoint: URL of the receiver; a base such as http://localhost:4318 gets the path /v1/metrics. Default: what the
+    standard OTEL_* variables say, which also give headers, interval, certificates and resource attributes.
+    deadline: seconds that the last push may take at exit.
+
+    Raise ValueError when the endpoint or one of the variables is no good, ImportError without the extra `otlp`.
+    """
+    return OtlpExporter(monitor, endpoint, deadline)

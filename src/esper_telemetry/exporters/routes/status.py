@@ -1,0 +1,149 @@
+"""Tell a snapshot as JSON: what the exporter's page shows. docs/status-api.md describes every field."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+from esper_telemetry.health import HealthTier
+from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.history import SLOT_SECONDS
+from esper_telemetry.snapshot.recent import MAX_LAYERS, LayerCounts
+
+Json: TypeAlias = dict[str, Any]
+
+
+def status_json(snapshot: Snapshot) -> bytes:
+    """Return the status as it is now."""
+    return json.dumps(read_status(snapshot, time.time(), time.monotonic()), allow_nan=False).encode()
+
+
+def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
+    """Return the status at a unix and a monotonic time; what was not measured is None."""
+    recent = snapshot.recent.read(monotonic)
+    worst = None
+    if snapshot.checks:
+        worst = {
+            "inf": max(recent.inf_max, snapshot.inf_grad_count),
+            "nan": max(recent.nan_max, snapshot.nan_grad_count),
+        }
+    tier = None if worst is None else HealthTier.of(max(worst.values()))
+    liveness = _liveness(snapshot, now)
+    return {
+        "version": version("esper-telemetry"),
+        "now": now,
+        "state": liveness if tier in (None, HealthTier.HEALTHY) and liveness != "measuring" else _name(tier),
+        "tier": _name(tier),
+        "liveness": liveness,
+        "worst": worst,
+        "recent_window_seconds": snapshot.recent.seconds,
+        "run": asdict(snapshot.run),
+        "checks": snapshot.checks,
+        "last_check": _last_check(snapshot, now),
+        "stalled_after_seconds": snapshot.history.stalled_seconds,
+        "trouble": _trouble(snapshot),
+        "inf": asdict(snapshot.inf),
+        "nan": asdict(snapshot.nan),
+        "layers": [_layer(layer) for layer in recent.layers or snapshot.layers[:MAX_LAYERS]],
+        "layers_dropped": recent.layers_dropped if recent.layers else max(0, len(snapshot.layers) - MAX_LAYERS),
+        "heads": _heads(snapshot),
+        "dead_layers": snapshot.dead_layers,
+        "exploding_layers": snapshot.exploding_layers,
+        "skipped_updates": dict(snapshot.skipped_updates),
+        "amp": _amp(snapshot),
+        "ppo": None if snapshot.ppo is None else {name: _number(value) for name, value in asdict(snapshot.ppo).items()},
+        "cost": _cost(snapshot),
+        "monitor_errors": snapshot.monitor_errors,
+        "history": _history(snapshot, monotonic),
+    }
+
+
+def _liveness(snapshot: Snapshot, now: float) -> str:
+    if snapshot.ended:
+        return "ended"
+    if snapshot.timestamp is None:
+        return "not_measuring"
+    return "stalled" if now - snapshot.timestamp > snapshot.history.stalled_seconds else "measuring"
+
+
+def _name(tier: HealthTier | None) -> str | None:
+    return None if tier is None else tier.value
+
+
+def _last_check(snapshot: Snapshot, now: float) -> Json | None:
+    if snapshot.timestamp is None:
+        return None
+    return {
+        "timestamp": snapshot.timestamp,
+        "age_seconds": max(0.0, now - snapshot.timestamp),
+        "inf": snapshot.inf_grad_count,
+        "nan": snapshot.nan_grad_count,
+        "norm": _number(snapshot.grad_norm),
+        "elements": snapshot.elements,
+    }
+
+
+def _trouble(snapshot: Snapshot) -> Json | None:
+    trouble = snapshot.history.trouble
+    if trouble is None:
+        return None
+    last = max(each for each in (snapshot.inf.last_timestamp, snapshot.nan.last_timestamp) if each is not None)
+    return {
+        "since": trouble.since,
+        "last_timestamp": last,
+        "origin_layer": trouble.origin_layer,
+        "checks": trouble.checks,
+    }
+
+
+def _layer(layer: LayerCounts) -> Json:
+    return {"layer": layer.layer_name, "inf": layer.inf_count, "nan": layer.nan_count, "elements": layer.numel}
+
+
+def _heads(snapshot: Snapshot) -> list[Json]:
+    return [
+        {"head": name, "norm": _number(head.norm), "inf_latched": head.inf_latched, "nan_latched": head.nan_latched}
+        for name, head in snapshot.heads.items()
+    ]
+
+
+def _amp(snapshot: Snapshot) -> Json | None:
+    if snapshot.amp is None:
+        return None
+    return {"scale": _number(snapshot.amp.scale), "consecutive_skips": snapshot.amp.consecutive_skips}
+
+
+def _cost(snapshot: Snapshot) -> Json:
+    """Return what measuring costs; the share is of the wall time from the first check to the last."""
+    began, last = snapshot.history.began, snapshot.timestamp
+    wall = 0.0 if began is None or last is None else last - began
+    return {
+        "seconds": snapshot.monitor_seconds,
+        "seconds_per_check": snapshot.monitor_seconds / snapshot.checks if snapshot.checks else None,
+        "share": snapshot.monitor_seconds / wall if wall > 0 else None,
+    }
+
+
+def _history(snapshot: Snapshot, monotonic: float) -> Json:
+    slots = snapshot.history.read(monotonic)
+    return {
+        "slot_seconds": SLOT_SECONDS,
+        "inf": [None if slot is None else slot.inf_max for slot in slots],
+        "nan": [None if slot is None else slot.nan_max for slot in slots],
+    }
+
+
+def _number(value: float | None) -> float | str | None:
+    """Return what JSON can carry; it has no word for Inf and NaN, so that these become Prometheus' words for them.
+
+    Losses of a training loop may be NumPy's numbers, which are no floats to JSON.
+    """
+    if value is None or isinstance(value, int):
+        return value
+    if math.isfinite(value):
+        return float(value)
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
