@@ -54,3 +54,10 @@ def test_the_worst_layers_are_shown_and_the_rest_counted():
 def test_a_window_without_a_bad_check_shows_none():
     read = RecentWindow(120.0).read(1e9)
     assert (read.inf_max, read.nan_max, read.layers, read.layers_dropped) == (0, 0, (), 0)
+
+
+def test_layers_that_could_not_be_measured_stay_for_the_window_and_are_no_bad_layers():
+    window = RecentWindow(120.0).after(0.0, (), 0, unmeasured=3).after(1.0, (), 0, unmeasured=2)
+    read = window.read(120.0)
+    assert (read.unmeasured_max, read.inf_max, read.layers, read.layers_dropped) == (3, 0, (), 0)
+    assert window.read(200.0).unmeasured_max == 0

@@ -35,6 +35,11 @@ INF_GRAD_RECENT_MAX = _gauge(
 NAN_GRAD_RECENT_MAX = _gauge(
     "esper_nan_grad_recent_max", "Largest number of NaN elements in one check of the recent window.", "{element}"
 )
+UNMEASURED_LAYERS = _gauge(
+    "esper_unmeasured_layers",
+    "Most layers whose gradient arrived and was not measured, in one check of the recent window.",
+    "{layer}",
+)
 RECENT_WINDOW = _gauge("esper_recent_window_seconds", "Length of the recent window.", "s")
 CHECKS = _counter("esper_checks_total", "Measurements made; 0 means that nothing was measured yet.", "{check}")
 NONFINITE_CHECKS = _counter(

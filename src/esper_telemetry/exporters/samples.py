@@ -51,6 +51,7 @@ def _counts(snapshot: Snapshot, now: float) -> Iterator[Sample]:
     yield Sample(metrics.NAN_GRAD_COUNT, (), snapshot.nan_grad_count)
     yield Sample(metrics.INF_GRAD_RECENT_MAX, (), recent.inf_max)
     yield Sample(metrics.NAN_GRAD_RECENT_MAX, (), recent.nan_max)
+    yield Sample(metrics.UNMEASURED_LAYERS, (), recent.unmeasured_max)
     yield Sample(metrics.RECENT_WINDOW, (), snapshot.recent.seconds)
     for layer in recent.layers:
         yield Sample(metrics.LAYER_INF_GRAD_COUNT, (layer.layer_name,), layer.inf_count)

@@ -21,10 +21,14 @@ class LayerCounts:
 
 @dataclass(frozen=True, slots=True)
 class Recent:
-    """Hold the worst of the recent window: per kind, and per layer, worst layers first."""
+    """Hold the worst of the recent window: per kind, and per layer, worst layers first.
+
+    unmeasured_max: the most layers that one check could not measure.
+    """
 
     inf_max: int
     nan_max: int
+    unmeasured_max: int
     layers: tuple[LayerCounts, ...]
     layers_dropped: int
 
@@ -35,13 +39,14 @@ class _Bucket:
     last: float
     inf_max: int
     nan_max: int
+    unmeasured_max: int
     layers: tuple[LayerCounts, ...]
     bad_layers: int  # a bit per layer
 
 
 @dataclass(frozen=True, slots=True)
 class RecentWindow:
-    """Keep the worst bad check of the last `seconds`, in a bounded number of buckets.
+    """Keep the worst check of the last `seconds`, bad or incomplete, in a bounded number of buckets.
 
     A bad check stays at least that long and at most a bucket (1/24 of it) longer. Healthy checks cost nothing.
     Times are monotonic seconds, so that a step of the wall clock neither loses nor prolongs anything.
@@ -50,14 +55,18 @@ class RecentWindow:
     seconds: float
     buckets: tuple[_Bucket, ...] = ()
 
-    def after(self, now: float, layers: Iterable[LayerCounts], bad_layers: int) -> RecentWindow:
-        """Return the window after a bad check; bit i of `bad_layers` says that layer i was bad."""
+    def after(self, now: float, layers: Iterable[LayerCounts], bad_layers: int, unmeasured: int = 0) -> RecentWindow:
+        """Return the window after a check that was bad, or that could not measure `unmeasured` layers.
+
+        Bit i of `bad_layers` says that layer i was bad.
+        """
         layers = tuple(layers)
         bucket = _Bucket(
             opened=now,
             last=now,
             inf_max=sum(layer.inf_count for layer in layers),
             nan_max=sum(layer.nan_count for layer in layers),
+            unmeasured_max=unmeasured,
             layers=layers[:MAX_LAYERS],
             bad_layers=bad_layers,
         )
@@ -71,10 +80,10 @@ class RecentWindow:
         """Return the worst of the window that ends at `now`."""
         live = self._live(now)
         if not live:
-            return Recent(0, 0, (), 0)
+            return Recent(0, 0, 0, (), 0)
         worst = _worst(live)
         dropped = worst.bad_layers.bit_count() - len(worst.layers)
-        return Recent(worst.inf_max, worst.nan_max, worst.layers, dropped)
+        return Recent(worst.inf_max, worst.nan_max, worst.unmeasured_max, worst.layers, dropped)
 
     def _live(self, now: float) -> tuple[_Bucket, ...]:
         return tuple(bucket for bucket in self.buckets if now - bucket.last <= self.seconds)
@@ -89,6 +98,7 @@ def _worst(buckets: tuple[_Bucket, ...]) -> _Bucket:
         last=buckets[-1].last,
         inf_max=max(bucket.inf_max for bucket in buckets),
         nan_max=max(bucket.nan_max for bucket in buckets),
+        unmeasured_max=max(bucket.unmeasured_max for bucket in buckets),
         layers=_worst_layers(layer for bucket in buckets for layer in bucket.layers),
         bad_layers=bad_layers,
     )

@@ -61,6 +61,7 @@ class Snapshot:
     grad_norm: L2 norm before clipping; Inf or NaN where an element is.
     elements: how many elements the last check covered.
     layers: the layers that were bad at the last check, worst first.
+    unmeasured_layers: whose gradient arrived at the last check, and was gone before it could be measured.
     origin_layer: of the last bad check the bad layer that gradients reached first, the one nearest the loss.
     timestamp: unix time of the last check.
     layer_names, layer_norms: all layers, and the norm of each at the last check (None: it had no gradient).
@@ -78,6 +79,7 @@ class Snapshot:
     grad_norm: float | None
     elements: int | None
     layers: tuple[LayerCounts, ...]
+    unmeasured_layers: tuple[str, ...]
     origin_layer: str | None
     timestamp: float | None
     layer_names: Sequence[str]
@@ -110,6 +112,7 @@ class Snapshot:
             grad_norm=None,
             elements=None,
             layers=(),
+            unmeasured_layers=(),
             origin_layer=None,
             timestamp=None,
             layer_names=(),
@@ -131,8 +134,9 @@ class Snapshot:
 
     @property
     def tier(self) -> HealthTier:
-        """Return the tier of the last check, the worse of its two kinds."""
-        return HealthTier.of(max(self.inf_grad_count, self.nan_grad_count))
+        """Return the tier of the last check, the worse of its two kinds; without a full look it is never healthy."""
+        tier = HealthTier.of(max(self.inf_grad_count, self.nan_grad_count))
+        return HealthTier.WARNING if self.unmeasured_layers and tier is HealthTier.HEALTHY else tier
 
     @property
     def heads(self) -> Mapping[str, Head]:
