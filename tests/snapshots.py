@@ -8,7 +8,7 @@ from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 from esper_telemetry.snapshot.recent import LayerCounts
 
-RUN = RunInfo(run_id="run-1", rank=0, world_size=1, host="box", pid=4711)
+RUN = RunInfo(run_id="run-1", rank=0, world_size=1, local_rank=0, attempt=0, host="box", pid=4711)
 NOW = 1000.0
 
 

@@ -23,7 +23,6 @@ from esper_telemetry import start_otlp
 from esper_telemetry.exporters.otlp import environment
 from esper_telemetry.exporters.otlp.bell import Bell
 from esper_telemetry.exporters.prometheus import EsperCollector
-from esper_telemetry.snapshot import RunInfo
 from esper_telemetry.snapshot.recent import RecentWindow
 from tests.otlp_receiver import Receiver, server_tls
 from tests.snapshots import Source, bad, fresh
@@ -139,7 +138,7 @@ def test_resource_attributes_of_the_environment_come_first(receiver, environ):
 @pytest.mark.parametrize(("world_size", "instance"), [(1, "pod-1"), (8, "pod-1:3")])
 def test_an_instance_of_the_environment_is_shared_by_ranks_and_gets_theirs(receiver, environ, world_size, instance):
     environ.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-1")
-    run = RunInfo(run_id="run-1", rank=3, world_size=world_size, host="box", pid=1)
+    run = replace(fresh().run, rank=3, world_size=world_size)
     assert pushed(receiver, replace(fresh(), run=run)).resource["service.instance.id"] == instance
 
 

@@ -1,7 +1,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.routes.status import read_status, status_json
 from esper_telemetry.snapshot.recent import LayerCounts
-from tests.snapshots import NOW, Source, bad, fresh
+from tests.snapshots import NOW, RUN, Source, bad, fresh
 from tests.test_exporters_http import get
 
 AT = 1.7e9  # the unix time of `bad`'s check, which was at NOW on the monotonic clock
@@ -106,7 +106,7 @@ def test_it_is_served_fresh_and_the_page_does_not_deliver_a_bad_check():
     source.snapshot = bad()
     code, headers, body = get(exporter, "/api/v1/status")
     assert (code, headers["Content-Type"], headers["Cache-Control"]) == (200, "application/json", "no-store")
-    assert json.loads(body)["run"] == {"run_id": "run-1", "rank": 0, "world_size": 1, "host": "box", "pid": 4711}
+    assert json.loads(body)["run"] == asdict(RUN)
     assert not exporter.linger(0)
     exporter.close(linger=0)
 

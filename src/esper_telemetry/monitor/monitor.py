@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import threading
 import time
-import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +22,7 @@ from esper_telemetry.health import CRITICAL_ABOVE, HealthTier, total_norm
 from esper_telemetry.monitor.amp import AmpReading, ScalerWatch
 from esper_telemetry.monitor.hooks import BackwardHooks
 from esper_telemetry.monitor.steps import Steps
+from esper_telemetry.ranks.identity import run_info
 from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import (
     ClipScan,
@@ -34,7 +33,7 @@ from esper_telemetry.scan import (
     with_early,
 )
 from esper_telemetry.scan.layers import Model, named_layers, named_modules
-from esper_telemetry.snapshot import RunInfo, Snapshot
+from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.amp_state import AmpState
 from esper_telemetry.snapshot.arrival import by_arrival
 from esper_telemetry.snapshot.heads import WatchedHeads
@@ -89,7 +88,7 @@ class GradientMonitor:
     record_dir: a folder; the first bad check of each episode of trouble is recorded in a file there, before the
         optimizer steps: the checks before it, and where the bad elements are. `esper report FILE` shows it. Set
         `batch_id` before the backward pass to have it recorded too.
-    run_id: names the run; made up when it is not given.
+    run_id: names the run, by anything that has a string; by default what the launcher calls it, or made up.
 
     Raise ValueError when an argument is not one of these, and OSError when the folder cannot be written.
     """
@@ -108,7 +107,7 @@ class GradientMonitor:
         recent_window_seconds: float = 120.0,
         before_check: Callable[[int], None] | None = None,
         record_dir: str | os.PathLike[str] | None = None,
-        run_id: str | None = None,
+        run_id: object = None,
     ) -> None:
         optimizers = _optimizers(optimizer)
         _check_options(on_critical, patience, optimizers, max_amp_skips, statistics_every, recent_window_seconds)
@@ -129,7 +128,7 @@ class GradientMonitor:
         self._seconds = 0.0
         self._steps_early = self._said_too_late = False
         self._critical_in_a_row = 0
-        self._snapshot = Snapshot.before_first_check(_run_info(run_id), float(recent_window_seconds), watched_heads)
+        self._snapshot = Snapshot.before_first_check(run_info(run_id), float(recent_window_seconds), watched_heads)
         self.batch_id: BatchId = None
         self._recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._fail)
         if self._recorder is not None:
@@ -469,7 +468,7 @@ def watch(
     recent_window_seconds: float = 120.0,
     before_check: Callable[[int], None] | None = None,
     record_dir: str | os.PathLike[str] | None = None,
-    run_id: str | None = None,
+    run_id: object = None,
 ) -> GradientMonitor:
     """Return a GradientMonitor that measures by itself at the end of each backward pass, before anything clips."""
     monitor = GradientMonitor(
@@ -522,13 +521,3 @@ def _check_options(
         raise ValueError(f"statistics_every: expected at least 1, got {statistics_every}")
     if not 0 < recent_window_seconds < math.inf:
         raise ValueError(f"recent_window_seconds: expected seconds above 0, got {recent_window_seconds}")
-
-
-def _run_info(run_id: str | None) -> RunInfo:
-    return RunInfo(
-        run_id=run_id or uuid.uuid4().hex[:12],
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        host=socket.gethostname(),
-        pid=os.getpid(),
-    )

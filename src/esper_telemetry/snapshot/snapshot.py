@@ -42,11 +42,17 @@ class KindHistory:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """Name the run."""
+    """Name the run, and a process in it.
+
+    local_rank: among the processes of its host.
+    attempt: how often the launcher started the run again.
+    """
 
     run_id: str
     rank: int
     world_size: int
+    local_rank: int
+    attempt: int
     host: str
     pid: int
 

@@ -1,0 +1,1 @@
+"""The run beyond this process."""
