@@ -1,16 +1,20 @@
 """A file for node_exporter's textfile collector: it outlives the process, so that even SIGKILL loses nothing.
 
-Every run has a file of its own, and its series carry `run_id` and `rank`: node_exporter refuses a series that stands in
-two files, and a restarted run must not overwrite the last words of the one before.
+Every rank of every run has a file of its own, and its series carry `run_id` and `rank`: node_exporter refuses a series
+that stands in two files, and a restarted run must not overwrite the last words of the one before.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -18,13 +22,15 @@ from prometheus_client import generate_latest
 
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.prometheus import EsperCollector
-from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot import RunInfo, Snapshot
 
 logger = logging.getLogger("esper_telemetry")
 
 INTERVAL_SECONDS = 5.0
 _REPEAT_SECONDS = 1.0
 _FORGOTTEN_SECONDS = 3600.0
+_LONGEST_NAME = 100
+_OURS = re.compile(r"esper-.+-\d+(\.\d+)?\.prom(\.[0-9a-f]+\.tmp)?")
 
 
 class Watched(Protocol):
@@ -47,21 +53,19 @@ class TextfileExporter:
 
     def __init__(self, monitor: Watched, directory: str | os.PathLike[str]) -> None:
         run = monitor.snapshot.run
-        self.path = Path(directory) / f"esper-{run.run_id}-{run.rank}.prom"
+        self.path = Path(directory) / _file_name(run)
+        # node_exporter reads *.prom only. A write that SIGTERM interrupts is finished by the one of its handler.
+        self._draft = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")
         self._monitor = monitor
-        self._collector = EsperCollector(monitor, labels={"run_id": run.run_id, "rank": str(run.rank)})
+        self._collector = EsperCollector(monitor, labels=_labels(run))
         self._pid = os.getpid()
         self._lock = threading.RLock()  # SIGTERM may come in the middle of a write, and writes once more
         self._failed = False
         self._written: tuple[int, int] = (0, 0)
         self._written_at = 0.0
         self._stopped = threading.Event()
-        try:
-            _remove_forgotten(self.path.parent)
-            self._write()
-        except OSError as error:
-            text = f"textfile-dir: expected a folder that can be written, got {str(directory)!r}: {error.strerror}"
-            raise OSError(error.errno, text) from None
+        _remove_forgotten(self.path.parent)
+        self._write_first()
         self._forget = monitor.on_check(self._see)
         self._thread = threading.Thread(target=self._keep_fresh, name="esper-textfile", daemon=True)
         self._thread.start()
@@ -76,7 +80,8 @@ class TextfileExporter:
         self._forget()
         self._try_to_write()
         if self._written == (0, 0):
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def _see(self, snapshot: Snapshot) -> None:
         if not (snapshot.inf_grad_count or snapshot.nan_grad_count):
@@ -89,24 +94,42 @@ class TextfileExporter:
         while not self._stopped.wait(INTERVAL_SECONDS):
             self._try_to_write()
 
-    def _try_to_write(self) -> None:
+    def _write_first(self) -> None:
         try:
             self._write()
         except OSError as error:
-            if not self._failed:
-                logger.warning("esper: %s cannot be written, and this is not logged again: %s", self.path, error)
-            self._failed = True
+            if error.filename2 is not None:  # the folder took the draft; it is the file that cannot be replaced
+                self._say(error)
+                return
+            text = f"textfile-dir: expected a folder that can be written, got {str(self.path.parent)!r}: "
+            raise OSError(error.errno, text + str(error.strerror)) from None
+
+    def _try_to_write(self) -> None:
+        if os.getpid() != self._pid:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            self._say(error)
+
+    def _say(self, error: OSError) -> None:
+        if not self._failed:
+            reason = error.strerror
+            if error.filename2 is not None and isinstance(error, PermissionError):
+                reason = "a file of another user stands there"
+            logger.warning("esper: %s cannot be written, and this is not logged again: %s", self.path, reason)
+        self._failed = True
 
     def _write(self) -> None:
         with self._lock:
             recent = self._monitor.snapshot.recent.read(time.monotonic())
             page = generate_latest(self._collector)
-            draft = self.path.with_suffix(".tmp")  # node_exporter reads *.prom only
             try:
-                draft.write_bytes(page)
-                draft.replace(self.path)
+                _write_for_all(self._draft, page)
+                self._draft.replace(self.path)
             except OSError:
-                draft.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self._draft.unlink()
                 raise
             self._written = recent.inf_max, recent.nan_max
             self._written_at = time.monotonic()
@@ -120,8 +143,41 @@ def start_textfile(monitor: Watched, directory: str | os.PathLike[str]) -> Textf
     return TextfileExporter(monitor, directory)
 
 
+def _labels(run: RunInfo) -> Mapping[str, str]:
+    labels = {"run_id": run.run_id, "rank": str(run.rank)}
+    return labels | {"attempt": str(run.attempt)} if run.attempt else labels
+
+
+def _file_name(run: RunInfo) -> str:
+    """Return a name that every file system takes and that no other run has."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", run.run_id)[:_LONGEST_NAME]
+    if name != run.run_id:
+        name = f"{name}~{sha256(run.run_id.encode()).hexdigest()[:16]}"  # no name above has a ~
+    attempt = f".{run.attempt}" if run.attempt else ""
+    return f"esper-{name}-{run.rank}{attempt}.prom"
+
+
+def _write_for_all(path: Path, page: bytes) -> None:
+    """Write a file that everybody may read; prometheus_client's write_to_textfile leaves that to the umask.
+
+    Under umask 077 node_exporter would read nothing, and giving the mode after the rename would leave a moment for it
+    to fail in.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o644), "wb") as file:
+        with suppress(OSError):  # where a mount decides, it has decided
+            os.fchmod(file.fileno(), 0o644)
+        file.write(page)
+
+
 def _remove_forgotten(folder: Path) -> None:
-    """Remove what killed runs left over an hour ago: it pages no more, and a live file is rewritten every 5 s."""
-    for path in folder.glob("esper-*.prom"):
-        if time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS:
-            path.unlink(missing_ok=True)
+    """Remove what killed runs left over an hour ago: it pages no more, and a live file is rewritten every 5 s.
+
+    It is a courtesy: where it fails, another rank was faster, or a file is not ours to remove.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _OURS.fullmatch(entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _FORGOTTEN_SECONDS:
+                        os.unlink(entry)
