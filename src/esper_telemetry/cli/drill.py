@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
+from esper_telemetry.cli.parser import EXIT_FAILED, EXIT_USAGE, Commands, seconds, whole
+from esper_telemetry.exporters.address import DEFAULT_PORT
 from esper_telemetry.health import CRITICAL_ABOVE
+from esper_telemetry.metrics import KINDS
+
+if TYPE_CHECKING:
+    from esper_telemetry.cli.client import Client
 
 ALERTS = {"inf": "EsperInfGradients", "nan": "EsperNaNGradients"}
 _POLL_SECONDS = 0.5
-_REQUEST_SECONDS = 5.0
+_DRILL = (
+    "Make a running exporter, started with --allow-drill, show a made-up value that is labelled as a drill all the way "
+    "to the page; report when it arrives at each station; then clear it."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,70 +46,99 @@ class Station:
     seconds: float | None
 
 
-def run_drill(options: Options) -> Iterator[Station]:
+def add_drill(commands: Commands) -> None:
+    """Add the command."""
+    command = commands.add_parser("drill", help="see a made-up bad gradient reach Alertmanager", description=_DRILL)
+    command.set_defaults(run=_drill)
+    for server, port in (("exporter", DEFAULT_PORT), ("prometheus", 9090), ("alertmanager", 9093)):
+        url = f"http://127.0.0.1:{port}"
+        command.add_argument(f"--{server}", metavar="URL", default=url, help=f"the {server} (default: {url})")
+    command.add_argument("--kind", choices=KINDS, default="inf", help="what the made-up check found (default: inf)")
+    command.add_argument("--count", type=whole, default=6, help="how many elements; 6 and more page (default: 6)")
+    command.add_argument("--timeout", metavar="SECONDS", type=seconds, default=120.0, help="limit (default: 120)")
+    command.add_argument("--ca-file", metavar="FILE", help="certificates to trust where a server speaks TLS")
+    command.add_argument("--user", metavar="NAME", help="who asks, for those of the three servers that want to know")
+    command.add_argument("--password-file", metavar="FILE", help="a file with the user's password")
+
+
+def run_drill(asked: Options, client: Client) -> Iterator[Station]:
     """Start a drill, yield each station as it is reached, and clear the drill in the end.
 
-    It stops at the first station that is not reached in time. Raise ValueError when the options are wrong or one of
+    It stops at the first station that is not reached in time. Raise ValueError when what was asked is wrong or one of
     the three servers refuses or does not answer at all.
     """
-    _check(options)
-    severity = "critical" if options.count > CRITICAL_ABOVE else "warning"
-    labels = f'alertname="{ALERTS[options.kind]}",severity="{severity}",drill="true"'
-    drill = f"{options.exporter}/-/drill"
-    query = urlencode({"kind": options.kind, "count": options.count, "seconds": int(options.timeout) + 60})
-    _request("--exporter", f"{drill}?{query}", "POST")
+    _check(asked, client)
+    severity = "critical" if asked.count > CRITICAL_ABOVE else "warning"
+    labels = f'alertname="{ALERTS[asked.kind]}",severity="{severity}",drill="true"'
+    path = f"{asked.exporter}/-/drill"
+    query = urlencode({"kind": asked.kind, "count": asked.count, "seconds": int(asked.timeout) + 60})
+    client.ask("--exporter", f"{path}?{query}", "POST")
     started = time.monotonic()
+    scraped = f'esper_{asked.kind}_grad_recent_max{{drill="true"}}'
     stations: list[tuple[str, Callable[[], bool]]] = [
-        ("Prometheus scraped it", lambda: _query(options, f'esper_{options.kind}_grad_recent_max{{drill="true"}}')),
-        ("the rule fired", lambda: _query(options, f'ALERTS{{{labels},alertstate="firing"}}')),
-        ("Alertmanager took it", lambda: _taken(options, labels)),
+        ("Prometheus scraped it", lambda: _found(asked, client, scraped)),
+        ("the rule fired", lambda: _found(asked, client, f'ALERTS{{{labels},alertstate="firing"}}')),
+        ("Alertmanager took it", lambda: _taken(asked, client, labels)),
     ]
     try:
         for name, reached in stations:
-            seconds = _wait(reached, started, options.timeout)
-            yield Station(name, seconds)
-            if seconds is None:
+            after = _wait(reached, started, asked.timeout)
+            yield Station(name, after)
+            if after is None:
                 return
     finally:
-        _request("--exporter", drill, "DELETE")
+        client.ask("--exporter", path, "DELETE")
 
 
-def _check(options: Options) -> None:
-    if options.count < 1:
-        raise ValueError(f"--count: expected at least 1, got {options.count}")
-    if not 1 <= options.timeout <= 600:
-        raise ValueError(f"--timeout: expected 1 to 600 seconds, got {options.timeout:g}")
-    _request("--prometheus", f"{options.prometheus}/-/healthy")
-    _request("--alertmanager", f"{options.alertmanager}/-/healthy")
+def _drill(options: argparse.Namespace) -> int:
+    from esper_telemetry.cli.client import Client, Login
+
+    asked = Options(
+        exporter=options.exporter.rstrip("/"),
+        prometheus=options.prometheus.rstrip("/"),
+        alertmanager=options.alertmanager.rstrip("/"),
+        kind=options.kind,
+        count=options.count,
+        timeout=options.timeout,
+    )
+    print(f"esper drill: {asked.kind} {asked.count} at {asked.exporter}", flush=True)
+    reached = False
+    try:
+        login = Login(options.ca_file, options.user, options.password_file)
+        for station in run_drill(asked, Client((asked.exporter, asked.prometheus, asked.alertmanager), login)):
+            reached = station.seconds is not None
+            when = f"after {station.seconds:.1f} s" if reached else f"NOT within {asked.timeout:g} s"
+            print(f"{station.name:<22} {when}", flush=True)
+    except ValueError as error:
+        print(f"esper drill: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    print("the drill is cleared; its page resolves by itself", flush=True)
+    return 0 if reached else EXIT_FAILED
+
+
+def _check(asked: Options, client: Client) -> None:
+    if asked.count < 1:
+        raise ValueError(f"--count: expected at least 1, got {asked.count}")
+    if not 1 <= asked.timeout <= 600:
+        raise ValueError(f"--timeout: expected 1 to 600 seconds, got {asked.timeout:g}")
+    client.ask("--prometheus", f"{asked.prometheus}/-/healthy")
+    client.ask("--alertmanager", f"{asked.alertmanager}/-/healthy")
 
 
 def _wait(reached: Callable[[], bool], started: float, timeout: float) -> float | None:
-    while (seconds := time.monotonic() - started) < timeout:
+    while (after := time.monotonic() - started) < timeout:
         if reached():
-            return seconds
+            return after
         time.sleep(_POLL_SECONDS)
     return None
 
 
-def _query(options: Options, expression: str) -> bool:
-    url = f"{options.prometheus}/api/v1/query?{urlencode({'query': expression})}"
-    return bool(json.loads(_request("--prometheus", url))["data"]["result"])
+def _found(asked: Options, client: Client, expression: str) -> bool:
+    url = f"{asked.prometheus}/api/v1/query?{urlencode({'query': expression})}"
+    answer = client.ask_json("--prometheus", url)
+    return bool(isinstance(answer, dict) and answer.get("data", {}).get("result"))
 
 
-def _taken(options: Options, labels: str) -> bool:
+def _taken(asked: Options, client: Client, labels: str) -> bool:
     filters = urlencode([("filter", label) for label in labels.split(",")])
-    alerts: list[Any] = json.loads(_request("--alertmanager", f"{options.alertmanager}/api/v2/alerts?{filters}"))
-    return bool(alerts)
-
-
-def _request(option: str, url: str, method: str = "GET") -> bytes:
-    try:
-        request = urllib.request.Request(url, method=method, headers={"X-Esper-Drill": "1"})
-        with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as response:
-            body: bytes = response.read()
-            return body
-    except urllib.error.HTTPError as error:
-        reason = error.read().decode(errors="replace").strip().partition("\n")[0] or error.reason
-        raise ValueError(f"{option}: {url} answered {error.code}: {reason}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: expected the URL of a server that answers, got {url!r}: {error}") from None
+    return bool(client.ask_json("--alertmanager", f"{asked.alertmanager}/api/v2/alerts?{filters}"))

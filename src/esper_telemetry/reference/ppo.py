@@ -43,7 +43,7 @@ class Options:
     listen_address: str | None = None
     inject: Sequence[Fault] = ()
     on_critical: str = "continue"
-    linger: float = 20.0
+    linger: float | None = None
     textfile_dir: str | None = None
     record_dir: str | None = None
     otlp_endpoint: str | None = None
@@ -92,7 +92,7 @@ class PPOJob:
     def __init__(self, options: Options) -> None:
         if options.episodes < 1:
             raise ValueError(f"--episodes: expected at least 1, got {options.episodes}")
-        if not 0 <= options.linger < math.inf:
+        if options.linger is not None and not 0 <= options.linger < math.inf:
             raise ValueError(f"--linger: expected seconds of at least 0, got {options.linger}")
         self._options = options
         self._model = _model(options)
@@ -176,7 +176,7 @@ class PPOJob:
             return start_exporter(
                 self.monitor,
                 self._options.listen_address,
-                linger=self._options.linger,
+                **({} if self._options.linger is None else {"linger": self._options.linger}),
                 allow_drill=self._options.allow_drill,
                 web_config_file=self._options.web_config_file,
             )
