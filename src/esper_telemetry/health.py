@@ -11,6 +11,9 @@ WARNING_ABOVE = 0
 CRITICAL_ABOVE = 5
 """Bad elements of one kind in one check; `alerts/rules.yml` carries the same two numbers."""
 
+POLICIES = ("continue", "skip", "halt")
+"""What a monitor can do about a critical check."""
+
 DEAD_ZERO_FRACTION = 0.9
 EXPLODING_LARGE_FRACTION = 0.1
 
