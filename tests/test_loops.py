@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esper_telemetry import GradientMonitor, GradientsCritical, HealthTier, watch
 from tests.documents import blocks, without_our_lines
+from tests.monitors import learned
 
 PLAIN = {
     "Gradient accumulation": 12,
@@ -242,11 +243,11 @@ class TestOptimizerInBackward:
 
     def test_another_monitor_is_no_reason_to_measure_twice(self):
         model = Network()
-        monitors = [watch(model), watch(model)]
+        monitors = [learned(watch(model)), learned(watch(model))]
         scanned = []
         for monitor in monitors:
-            scan = monitor._scan
-            monitor._scan = lambda gradients, scan=scan: scanned.append(len(gradients)) or scan(gradients)
+            scan = monitor._checks.scan
+            monitor._checks.scan = lambda gradients, scan=scan: scanned.append(len(gradients)) or scan(gradients)
         model(torch.ones(2, 6)).sum().backward()
         assert scanned == [6, 6]
 

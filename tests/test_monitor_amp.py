@@ -33,10 +33,13 @@ class Loop:
             **(watch_options or {}),
         )
         self.overflow = 0
+        self.spoil = None
         self._clip = clip
 
     def _spoil(self, _):
         self.model.weight.grad.view(-1)[: self.overflow] = math.inf
+        if self.spoil is not None:
+            self.spoil()
 
     def step(self, overflow=0):
         self.overflow = overflow
@@ -203,7 +206,7 @@ def test_a_scale_that_was_loaded_from_a_checkpoint_is_no_skip():
 def test_elements_that_unscaling_makes_inf_are_counted():
     loop = Loop(init_scale=2.0**-4)
     loop.step()
-    loop.monitor._before_check = lambda _: loop.model.weight.grad.view(-1)[:3].fill_(1e38)
+    loop.spoil = lambda: loop.model.weight.grad.view(-1)[:3].fill_(1e38)
     snapshot = loop.step()
     assert (snapshot.inf_grad_count, snapshot.layers[0].layer_name) == (3, "weight")
     assert snapshot.skipped_updates["amp"] == 0  # the scaler saw nothing
@@ -325,7 +328,7 @@ class TestOnCritical:
         loop = Loop(optimizer, watch_options={"on_critical": "skip"}, init_scale=2.0**-4)
         loop.step()
         before = self.state(loop)
-        loop.monitor._before_check = lambda _: loop.model.weight.grad.fill_(1e38)
+        loop.spoil = lambda: loop.model.weight.grad.fill_(1e38)
         assert loop.step().skipped_updates["intervention"] == 1
         assert str(self.state(loop)) == str(before)
 

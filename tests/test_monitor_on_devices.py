@@ -9,6 +9,7 @@ from torch import nn
 
 from esper_telemetry import GradientMonitor, GradientsCritical, watch
 from esper_telemetry.scan import scan
+from tests.monitors import learned
 
 
 class Pending:
@@ -49,8 +50,8 @@ def network():
 
 def monitored(**options):
     model = network()
-    monitor = watch(model, **options)
-    monitor._scan = device = Device()
+    monitor = learned(watch(model, **options))
+    monitor._checks.scan = device = Device()
     return model, monitor, device
 
 
@@ -136,7 +137,7 @@ def test_an_intervention_waits_for_the_answer():
 def test_a_result_at_once_comes_after_those_that_were_launched():
     model, monitor, _ = monitored()
     backward(model, math.nan)
-    monitor._scan = scan
+    monitor._checks.scan = scan
     model.zero_grad()
     backward(model)
     assert (monitor.snapshot.checks, monitor.snapshot.nan_grad_count) == (2, 0)
@@ -146,7 +147,7 @@ def test_a_result_at_once_comes_after_those_that_were_launched():
 def test_a_clip_does_not_wait():
     model = network()
     monitor = GradientMonitor(model)
-    monitor._scan = device = Device()
+    monitor._checks.scan = device = Device()
     model[0].double()  # of several dtypes, as of gradients on a device, torch takes the norm itself
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -165,7 +166,7 @@ def test_a_device_that_failed_is_counted_and_training_goes_on(caplog):
     device.launched[0].ready = lambda: 1 / 0
     with caplog.at_level(logging.ERROR):
         assert monitor.snapshot.checks == 0
-        monitor._scan = Lost()
+        monitor._checks.scan = Lost()
         backward(model)
         monitor.close()
     assert monitor.snapshot.monitor_errors == 2

@@ -14,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from esper_telemetry import GradientMonitor, recorder, watch
+from esper_telemetry import GradientMonitor, watch
+from esper_telemetry.recorder import recorder
 from esper_telemetry.recorder.recording import Recording, read_recording
 from esper_telemetry.scan import first_bad_elements
 from tests.gradients import FLOAT8, gradients
+from tests.monitors import learned
 from tests.test_monitor_on_devices import Device
 
 
@@ -252,7 +254,7 @@ class TestResultsThatArriveLater:
 
     def test_are_recorded_without_elements_but_with_what_was_noted(self, tmp_path):
         run = Run(tmp_path)
-        run.monitor._scan = device = Device()
+        learned(run.monitor)._checks.scan = device = Device()
         for batch in (1, 2):
             run.monitor.batch_id = batch
             run.check(BAD)
@@ -266,7 +268,7 @@ class TestResultsThatArriveLater:
 
     def test_are_waited_for_where_on_critical_needs_them_and_then_have_elements(self, tmp_path):
         run = Run(tmp_path, on_critical=lambda _: "continue")
-        run.monitor._scan = Device()
+        learned(run.monitor)._checks.scan = Device()
         run.check(BAD)
         (recording,) = run.recordings
         assert recording.layers[0].first_bad[0].index == (1, 2)

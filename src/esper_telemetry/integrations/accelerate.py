@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import serve
 from esper_telemetry.monitor import GradientMonitor, watch
-from esper_telemetry.scan.layers import Model, named_modules
+from esper_telemetry.scan.layers import Model, named_roots
 
 try:
     from accelerate import Accelerator  # type: ignore[import-untyped, unused-ignore]
@@ -41,7 +42,10 @@ class EsperWatch:
         **options: Any,
     ) -> None:
         self.monitor = watch(
-            {name: accelerator.unwrap_model(module) for name, module in named_modules(model).items()},
+            {
+                name: accelerator.unwrap_model(root) if isinstance(root, Module) else root
+                for name, root in named_roots(model).items()
+            },
             optimizer=optimizer,
             scaler=accelerator.scaler,
             **options,

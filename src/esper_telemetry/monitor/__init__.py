@@ -1,5 +1,7 @@
 """One backward pass: what arrived, what was measured, judged, published, told, and reacted to."""
 
-from esper_telemetry.monitor.monitor import POLICIES, GradientMonitor, GradientsCritical, Policy, watch
+from esper_telemetry.health import POLICIES
+from esper_telemetry.monitor.monitor import GradientMonitor, watch
+from esper_telemetry.monitor.reaction import GradientsCritical, Policy
 
 __all__ = ["POLICIES", "GradientMonitor", "GradientsCritical", "Policy", "watch"]

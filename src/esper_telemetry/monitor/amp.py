@@ -1,10 +1,10 @@
-"""What a GradScaler does with overflows: it expects them, skips the step, halves its scale, and goes on."""
+"""Gradients of a GradScaler: scaled, and sometimes overflowed on purpose, which it skips by itself, and goes on."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from esper_telemetry.monitor.scalars import Scalars
 from esper_telemetry.scan import Scan
 from esper_telemetry.snapshot.amp_state import AmpState
 
 MIN_SCALE = 1.0
 """Below 1 unscaling itself makes Infs, which the scaler does not look for any more."""
 
-Parameters = Sequence[Callable[[], Parameter | None]]
+Counts = dict[str, tuple[int, int]]
+"""Inf and NaN elements by layer name."""
 
 
 class ScalerWatch:
@@ -29,9 +30,11 @@ class ScalerWatch:
 
     An overflow is expected while the scale is at least 1 and it makes no streak of more than `max_skips` skipped
     steps; before the first step that was taken the scale alone decides, as a new scaler starts far too high on
-    purpose.
+    purpose. It is explained only where the skip follows: once it was stepped with, or is gone from the gradients, and
+    nothing was skipped, it counts after all.
 
-    optimizers: those that the scaler steps. They tell which gradients are unscaled already, when several take turns.
+    optimizers: those that the scaler steps; it explains no other's gradients. They also tell which gradients are
+        unscaled already, when several take turns. Without them it is taken to step everything.
     """
 
     @classmethod
@@ -51,14 +54,21 @@ class ScalerWatch:
         self.state: AmpState | None = None
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._max_skips = max_skips
+        self._awaiting_skip: Counts = {}
+        self._stepped_with: set[str] = set()
 
     def read(
-        self, gradients: Sequence[Tensor | None], parameters: Parameters, arrived: Collection[int] = ()
+        self,
+        gradients: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        arrived: Collection[int] = (),
     ) -> tuple[Sequence[Tensor | None], AmpReading]:
         """Return what to measure, and what the scaler says now; never wait for a device.
 
         Gradients are measured as they are and their norms divided, unless dividing could make an Inf.
 
+        parameters, names: of all layers.
         arrived: the layers that gradients have reached since the last reading.
 
         Raise RuntimeError while a CUDA graph is captured.
@@ -68,28 +78,47 @@ class ScalerWatch:
             scale, tracker = torch.tensor(self.scaler.get_scale()), torch.tensor(0)
         if scale.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a scaler cannot be followed while a CUDA graph is captured")
+        foreign = self._foreign(parameters)
         unscaled = self._unscaled(parameters, frozenset(arrived))
         known = scale.item() if scale.is_cpu else self.state.scale if self.state is not None else MIN_SCALE
         if known < MIN_SCALE:  # on a device this is the scale of the last result, which is the best that is known
-            done = frozenset().union(*(each.layers for each in unscaled))
+            done = foreign.union(*(each.layers for each in unscaled))
             gradients = [
                 each if each is None or index in done else each * (1.0 / known if known else math.inf)
                 for index, each in enumerate(gradients)
             ]
             unscaled = [_Unscaled(range(len(gradients)), (), False), *unscaled]
-        scalars = _Scalars([scale, tracker, *(found for each in unscaled for found in each.found_inf)])
-        return gradients, AmpReading(self, len(gradients), unscaled, scalars, self.scaler.get_backoff_factor())
+        scalars = Scalars([scale, tracker, *(found for each in unscaled for found in each.found_inf)])
+        return gradients, AmpReading(self, names, foreign, unscaled, scalars, self.scaler.get_backoff_factor())
 
-    def look(self) -> AmpState:
-        """Return the state as it is now; wait for it."""
-        _, reading = self.read([], [])
-        reading.judge(Scan([], {}, 0))
-        return reading.state
+    def look(self) -> tuple[AmpState, Counts]:
+        """Return the state as it is now, and what no skip has explained by now; wait for it."""
+        names = tuple(self._awaiting_skip)
+        _, reading = self.read([], [], names)
+        unexplained = reading.judge(Scan([None] * len(names), {}, 0))
+        return reading.state, {names[index]: counts for index, counts in unexplained.bad.items()}
 
     def advance(self, scale: float, growth_tracker: float, backoff_factor: float) -> None:
         """Take in what was read; in the order of reading."""
         before = self.state or AmpState(scale, skips=0, consecutive_skips=0, warm=False)
         self.state = before.after(scale, growth_tracker, backoff_factor)
+        if self.state.skips > before.skips:
+            self._awaiting_skip.clear()
+            self._stepped_with.clear()
+
+    @property
+    def awaits_skip(self) -> bool:
+        """Tell whether an overflow was found whose skip has yet to come."""
+        return bool(self._awaiting_skip)
+
+    def stepped(self, optimizer: Optimizer, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        """Take note that an optimizer steps; the scaler does not call one whose gradients have overflowed.
+
+        It does call a fused one, which is given `found_inf` for that time and skips by itself.
+        """
+        if getattr(optimizer, "found_inf", None) is None:
+            own = _parameter_ids(optimizer)
+            self._stepped_with |= {name for name, each in zip(names, parameters, strict=True) if id(each) in own}
 
     def explains_overflow(self) -> bool:
         """Tell whether an overflow at the state that was read last is one that the scaler handles."""
@@ -98,7 +127,39 @@ class ScalerWatch:
             state.scale >= MIN_SCALE and (state.consecutive_skips < self._max_skips or not state.warm)
         )
 
-    def _unscaled(self, parameters: Parameters, arrived: frozenset[int]) -> list[_Unscaled]:
+    def settle(self, overflowed: Counts, still_there: Collection[str], skip_is_due: bool) -> Counts:
+        """Return the overflows that were thought explained, and whose skip did not come.
+
+        overflowed: those of this check that are thought explained.
+        still_there: the layers that are bad at this check: what was found there before may have stayed.
+        skip_is_due: whether the scaler has found an overflow and has yet to skip for it.
+        """
+        waiting = self._awaiting_skip
+        unexplained = {
+            name: counts
+            for name, counts in waiting.items()
+            if name in self._stepped_with or (name not in still_there and not skip_is_due)
+        }
+        kept = {name: counts for name, counts in waiting.items() if name not in unexplained}
+        self._awaiting_skip = kept | overflowed
+        self._stepped_with.clear()
+        return unexplained
+
+    def _foreign(self, parameters: Sequence[Tensor]) -> frozenset[int]:
+        """Return the layers that none of the scaler's optimizers steps.
+
+        Optimizers that hold none of the layers step copies of them, and then nothing can be said.
+        """
+        if not self._optimizers:
+            return frozenset()
+        own: set[int] = set().union(*map(_parameter_ids, self._live_optimizers()))
+        foreign = frozenset(index for index, parameter in enumerate(parameters) if id(parameter) not in own)
+        return foreign if len(foreign) < len(parameters) else frozenset()
+
+    def _live_optimizers(self) -> list[Optimizer]:
+        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+
+    def _unscaled(self, parameters: Sequence[Tensor], arrived: frozenset[int]) -> list[_Unscaled]:
         """Return which layers are unscaled already: those of optimizers that have come so far since `update()`.
 
         What a generator's pass leaves in a discriminator that was stepped already is scaled again. Without optimizers
@@ -113,12 +174,12 @@ class ScalerWatch:
             found = [each for state in waiting for each in state["found_inf_per_device"].values()]
             return [_Unscaled(range(len(parameters)), found, True)] if waiting else []
         unscaled = []
-        for optimizer in filter(None, (reference() for reference in self._optimizers)):
+        for optimizer in self._live_optimizers():
             state = states.get(id(optimizer))  # asking for it with [] would make one
             if state is None or state["stage"] is OptState.READY:
                 continue
-            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            layers = frozenset(index for index, reference in enumerate(parameters) if id(reference()) in own)
+            own = _parameter_ids(optimizer)
+            layers = frozenset(index for index, parameter in enumerate(parameters) if id(parameter) in own)
             waits = state["stage"] is OptState.UNSCALED
             layers = layers if waits else layers - arrived
             unscaled.append(_Unscaled(layers, list(state["found_inf_per_device"].values()) if waits else (), waits))
@@ -131,13 +192,15 @@ class AmpReading:
     def __init__(
         self,
         watch: ScalerWatch,
-        layers: int,
+        names: Sequence[str],
+        foreign: frozenset[int],
         unscaled: Sequence[_Unscaled],
-        scalars: _Scalars,
+        scalars: Scalars,
         backoff_factor: float,
     ) -> None:
         self._watch = watch
-        self._layers = layers
+        self._names = names
+        self._foreign = foreign
         self._unscaled = unscaled
         self._scalars = scalars
         self._backoff_factor = backoff_factor
@@ -152,32 +215,43 @@ class AmpReading:
     def scales(self) -> list[float]:
         """Return what each gradient is still multiplied by."""
         scale = self._scalars.values()[0]
-        done = frozenset().union(*(each.layers for each in self._unscaled))
-        return [1.0 if index in done else scale for index in range(self._layers)]
+        done = self._foreign.union(*(each.layers for each in self._unscaled))
+        return [1.0 if index in done else scale for index in range(len(self._names))]
 
     def judge(self, found: Scan) -> Scan:
         """Return what the optimizer would see: unscaled norms, and no bad element that the scaler handles.
 
-        Exploding layers counted before were counted among scaled elements, which says nothing.
+        What was bad at an earlier check, is gone, and was not skipped is added. Exploding layers counted before were
+        counted among scaled elements, which says nothing.
         """
         scale, growth_tracker, *_ = self._scalars.values()
         self._watch.advance(scale, growth_tracker, self._backoff_factor)
         norms = [norm if norm is None else norm / scale for norm, scale in zip(found.norms, self.scales, strict=True)]
-        bad = found.bad
-        if bad and self._watch.explains_overflow():
-            unseen = self._unseen()
-            bad = {index: counts for index, counts in bad.items() if index in unseen}
-        return replace(found, norms=norms, bad=bad, exploding_layers=None)
+        return replace(found, norms=norms, bad=self._counted(found), exploding_layers=None)
 
-    def _unseen(self) -> Collection[int]:
-        """Return the layers that the scaler found finite, and will step with whatever became of them since."""
+    def _counted(self, found: Scan) -> dict[int, tuple[int, int]]:
+        names = self._names
+        unseen, due = self._waiting()
+        handled = {}
+        if found.bad and self._watch.explains_overflow():
+            handled = {i: counts for i, counts in found.bad.items() if i not in unseen and i not in self._foreign}
+        late = self._watch.settle(
+            {names[index]: counts for index, counts in handled.items()}, {names[index] for index in found.bad}, due
+        )
+        bad = {index: counts for index, counts in found.bad.items() if index not in handled}
+        return bad | {index: late[name] for index, name in enumerate(names) if name in late} if late else bad
+
+    def _waiting(self) -> tuple[Collection[int], bool]:
+        """Return the layers that the scaler found finite and will step with, and whether it will skip for others."""
         found_inf = iter(self._scalars.values()[2:])
         unseen: set[int] = set()
+        due = False
         for each in self._unscaled:
             found = sum(next(found_inf) for _ in each.found_inf)
             if each.waits and not found:
                 unseen.update(each.layers)
-        return unseen
+            due |= each.waits and found > 0
+        return unseen, due
 
 
 class _Unscaled(NamedTuple):
@@ -191,24 +265,5 @@ class _Unscaled(NamedTuple):
     waits: bool
 
 
-class _Scalars:
-    """Bring 0-d tensors to the host: from CUDA in the order of the stream, and nobody waits before `values()`."""
-
-    def __init__(self, scalars: Sequence[Tensor]) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        device = scalars[0].device
-        if device.type != "cuda":
-            self._values: list[float] | Tensor = [scalar.item() for scalar in scalars]
-            return
-        with torch.cuda.device(device):
-            stacked = torch.stack([scalar.to(device, torch.float64, non_blocking=True) for scalar in scalars])
-            self._values = stacked.to("cpu", non_blocking=True)
-            self._arrived = torch.cuda.current_stream(device).record_event()
-
-    def values(self) -> list[float]:
-        """Return them; wait for those that are not there yet."""
-        if isinstance(self._values, Tensor):
-            assert self._arrived is not None
-            self._arrived.synchronize()
-            self._values = self._values.tolist()
-        return self._values
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -2,10 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
+
+logger = logging.getLogger("esper_telemetry")
+
+_VALUES = (bool, int, float, str, tuple, type(None))
+"""What an optimizer counts with beside its tensors."""
+
+
+def list_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """List the optimizers, and see through wrappers such as those of Accelerate and Lightning.
+
+    Raise ValueError when one is none.
+    """
+    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    given = [getattr(each, "optimizer", each) for each in given]
+    for each in given:
+        if not isinstance(each, Optimizer):
+            raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")
+    return given
+
+
+def check_can_drop(optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError when there is no optimizer whose steps can be dropped, or one whose steps cannot."""
+    if not optimizers:
+        raise ValueError("on_critical: 'skip' expects optimizer=, whose steps it drops, and none was given")
+    for each in optimizers:
+        name, inner = type(each).__name__, _inner(each)
+        if isinstance(each, LBFGS):
+            raise ValueError(
+                "on_critical: 'skip' cannot drop a step of LBFGS, which takes several gradients; use 'halt'"
+            )
+        if others := _steps_of_other_names(each):
+            instead = f"optimizer=...{inner}" if inner else "use 'halt'"
+            raise ValueError(f"on_critical: 'skip' cannot drop {name}.{others[0]}(); expected {instead}")
+        if inner:
+            logger.warning(
+                "esper: on_critical='skip' drops the gradients of %s; what it does to parameters beside its %s goes on",
+                *(name, inner),
+            )
+
+
+def _inner(optimizer: Optimizer) -> str | None:
+    """Return the attribute where an optimizer keeps another one that it wraps."""
+    return next((name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
+
+
+def _steps_of_other_names(optimizer: Optimizer) -> list[str]:
+    """Return methods such as SAM's `first_step`, around which torch calls no hooks."""
+    names = [name for name in dir(type(optimizer)) if name.endswith("_step") and not name.startswith("_")]
+    return [name for name in names if not hasattr(Optimizer, name) and callable(getattr(optimizer, name, None))]
 
 
 class Steps:
@@ -21,7 +72,8 @@ class Steps:
         self._optimizers = weakref.WeakSet(own)
         self._barred: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._any_barred = False
-        self._under_way: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._under_way: weakref.WeakKeyDictionary[Optimizer, _Counters] = weakref.WeakKeyDictionary()
+        self._dropped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._on_drop = on_drop
         self._hooks = [each.register_step_pre_hook(self._begin) for each in own]
         self._hooks += [each.register_step_post_hook(self._end) for each in own]
@@ -30,7 +82,7 @@ class Steps:
         """Drop the steps to come, until `allow()`; and those under way, whose closures made the gradients."""
         self._any_barred = True
         self._barred.update(self._optimizers)
-        for optimizer in self._under_way:
+        for optimizer in list(self._under_way):
             self._drop(optimizer)
             self._barred.discard(optimizer)
 
@@ -47,12 +99,16 @@ class Steps:
         self._hooks.clear()
 
     def _begin(self, optimizer: Optimizer, *_: object) -> None:
+        self._under_way[optimizer] = _Counters(optimizer)
         if self._any_barred and optimizer in self._barred:
             self._drop(optimizer)
-        self._under_way.add(optimizer)
 
     def _end(self, optimizer: Optimizer, *_: object) -> None:
-        self._under_way.discard(optimizer)
+        counters = self._under_way.pop(optimizer, None)
+        if optimizer in self._dropped:
+            self._dropped.discard(optimizer)
+            if counters is not None:
+                counters.restore(optimizer)
 
     def _drop(self, optimizer: Optimizer) -> None:
         if getattr(optimizer, "found_inf", False):
@@ -60,4 +116,25 @@ class Steps:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+        self._dropped.add(optimizer)
         self._on_drop()
+
+
+class _Counters:
+    """Remember what an optimizer counts in Python, which goes on without gradients too."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._own = _values(vars(optimizer))
+        self._groups = [(set(group), _values(group)) for group in optimizer.param_groups]
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Set it back."""
+        vars(optimizer).update(self._own)
+        for group, (names, values) in zip(optimizer.param_groups, self._groups, strict=False):
+            for new in [name for name in group if name not in names]:
+                del group[new]
+            group.update(values)
+
+
+def _values(named: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if isinstance(value, _VALUES)}

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import Parameter
+from torch import Tensor
 
-from esper_telemetry.scan.layers import Model, named_layers
+from esper_telemetry.scan.layers import Model, layers_by_name, list_layers
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -46,20 +46,22 @@ class FaultInjector:
     """
 
     def __init__(self, model: Model, faults: Sequence[Fault]) -> None:
-        layers = dict(named_layers(model))
-        largest = max(layers, key=lambda name: layers[name].numel())
+        layers = layers_by_name(model)
+        largest = max(list_layers(model), key=lambda layer: layer.parameter.numel()).name
         self.missed = list(faults)
-        self._places: dict[Fault, tuple[Parameter, int]] = {}
+        self._places: dict[Fault, tuple[Tensor, int]] = {}
         used: dict[tuple[int, str], int] = defaultdict(int)
         for fault in faults:
-            name = fault.layer or largest
-            if name not in layers:
-                raise ValueError(f"expected one of the layers {', '.join(layers)}, got {name!r}")
+            asked = fault.layer or largest
+            if asked not in layers:
+                known = ", ".join(layer.name for layer in list_layers(model))
+                raise ValueError(f"expected one of the layers {known}, got {asked!r}")
+            name, parameter, _ = layers[asked]
             start = used[fault.check, name]
             used[fault.check, name] += fault.count
-            if used[fault.check, name] > layers[name].numel():
-                raise ValueError(f"expected at most the {layers[name].numel()} elements of {name}, got {fault.count}")
-            self._places[fault] = layers[name], start
+            if used[fault.check, name] > parameter.numel():
+                raise ValueError(f"expected at most the {parameter.numel()} elements of {name}, got {fault.count}")
+            self._places[fault] = parameter, start
 
     @torch.no_grad()
     def __call__(self, check: int) -> None:

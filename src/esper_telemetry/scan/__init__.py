@@ -5,7 +5,7 @@ from esper_telemetry.scan.dispatch import Scanner, scan
 from esper_telemetry.scan.early import with_early
 from esper_telemetry.scan.elements import BadElement, first_bad_elements
 from esper_telemetry.scan.result import PendingScan, Scan
-from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe, with_dead_and_exploding
+from esper_telemetry.scan.statistics import collect_per_layer_gradients, describe, find_dead_and_exploding
 
 __all__ = [
     "BadElement",
@@ -15,8 +15,8 @@ __all__ = [
     "Scanner",
     "collect_per_layer_gradients",
     "describe",
+    "find_dead_and_exploding",
     "first_bad_elements",
     "scan",
-    "with_dead_and_exploding",
     "with_early",
 ]

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from esper_telemetry.scan.result import PendingScan, Scan
 
 
-def with_early(found: Scan | PendingScan, early: Mapping[int, Scan | PendingScan]) -> Scan | PendingScan:
-    """Return a scan with the layers of `early`, index -> scan of that gradient alone, in place of its own.
+def with_early(late: Scan | PendingScan, early: Mapping[int, Scan | PendingScan]) -> Scan | PendingScan:
+    """Merge a scan with those of single gradients that were made before, index -> scan of that gradient alone.
 
-    Dead and exploding layers are not known of it.
+    A layer in both is as bad as it was in the earlier one, or in the later where that one found nothing: other code may
+    take bad elements away or make them. Dead and exploding layers are not known of the merged scan.
     """
-    together = PendingTogether(found, early)
-    return together.result() if isinstance(found, Scan) and together.ready() else together
+    together = PendingTogether(late, early)
+    return together.result() if isinstance(late, Scan) and together.ready() else together
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,12 @@ class PendingTogether:
         norms, bad, elements = list(late.norms), dict(late.bad), late.elements
         for index, each in self.early.items():
             one = _result(each)
-            elements += one.elements if norms[index] is None else 0
-            norms[index] = one.norms[0]
-            bad.pop(index, None)
+            if norms[index] is None:
+                elements += one.elements
             if one.bad:
                 bad[index] = one.bad[0]
+            if one.bad or index not in bad:
+                norms[index] = one.norms[0]
         return replace(
             late, norms=norms, bad=dict(sorted(bad.items())), elements=elements, dead_layers=None, exploding_layers=None
         )

@@ -1,33 +1,105 @@
-"""Which parameters are watched, and what they are called."""
+"""Which parameters a model has, and what they are called."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-Model = nn.Module | Mapping[str, nn.Module]
+Model = nn.Module | Mapping[str, nn.Module | Tensor]
+
+_WRAPPED = frozenset({"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What torch.compile, Fabric, FSDP and activation checkpointing call the module that they wrap."""
+
+_PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original\d*$")
 
 
-def named_layers(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (layer name, parameter) once per parameter; a mapping's names become prefixes.
+class Layer(NamedTuple):
+    """Name one parameter.
 
-    The wrapper that `torch.compile` puts around a module is not part of a name.
+    name: without the wrappers that torch and frameworks put around a module.
+    aliases: every other name by which it can be known: with its wrappers, in the modules that it is tied to, without
+        its parametrization.
     """
-    seen: set[int] = set()
-    for prefix, module in named_modules(model).items():
-        for name, parameter in module.named_parameters(prefix):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield name.replace("_orig_mod.", ""), parameter
+
+    name: str
+    parameter: Tensor
+    aliases: tuple[str, ...]
 
 
-def named_modules(model: Model) -> dict[str, nn.Module]:
-    """Return the model as prefix -> module, or raise ValueError when it is neither a module nor such a mapping."""
-    modules = {"": model} if isinstance(model, nn.Module) else dict(model) if isinstance(model, Mapping) else {}
-    for module in modules.values():
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"model: expected torch.nn.Module values, got {type(module).__name__}")
-    if not modules:
+def named_layers(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Yield (layer name, parameter) once per parameter; a mapping's names become prefixes."""
+    for layer in list_layers(model):
+        yield layer.name, layer.parameter
+
+
+def list_layers(model: Model) -> list[Layer]:
+    """List every parameter once, in the model's order."""
+    parameters: dict[int, Tensor] = {}
+    names: dict[int, dict[str, None]] = {}
+    taken: dict[str, int] = {}
+    for prefix, root in named_roots(model).items():
+        for shown, raw, parameter in _walk(root, prefix):
+            key = id(parameter)
+            parameters.setdefault(key, parameter)
+            ours = names.setdefault(key, {})
+            if taken.setdefault(shown, key) == key:
+                ours.setdefault(shown)
+            ours.setdefault(raw)
+            if (plain := _PARAMETRIZED.sub(r"\1", shown)) not in taken:
+                ours.setdefault(plain)
+    return [Layer(first, parameters[key], tuple(rest)) for key, (first, *rest) in names.items()]
+
+
+def layers_by_name(model: Model) -> dict[str, Layer]:
+    """Return each layer by every name that it has."""
+    layers = list_layers(model)
+    return {alias: layer for layer in layers for alias in layer.aliases} | {layer.name: layer for layer in layers}
+
+
+def named_roots(model: Model) -> dict[str, nn.Module | Tensor]:
+    """Return the model as prefix -> module or tensor; raise ValueError when it is neither a module nor such a dict."""
+    roots: dict[str, nn.Module | Tensor] = {"": model} if isinstance(model, nn.Module) else {}
+    if isinstance(model, Mapping):
+        roots = dict(model)
+    for name, root in roots.items():
+        if isinstance(root, Tensor) and not root.is_leaf:
+            raise ValueError(f"model: expected for {name!r} a leaf tensor, got one that an operation made")
+        if not isinstance(root, nn.Module | Tensor):
+            raise ValueError(f"model: expected for {name!r} a torch.nn.Module or a tensor, got {type(root).__name__}")
+        if not isinstance(name, str):
+            raise ValueError(f"model: expected names that are strings, got {type(name).__name__}")
+    if not roots:
         raise ValueError(f"model: expected a torch.nn.Module or a dict of them, got {type(model).__name__}")
-    return modules
+    return roots
+
+
+def _walk(root: nn.Module | Tensor, prefix: str) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (name without wrappers, full name, parameter), a shared one once per name."""
+    if isinstance(root, Tensor):
+        yield prefix, prefix, root
+    else:
+        start = f"{prefix}." if prefix else ""
+        yield from _walk_module(root, start, start, ())
+
+
+def _walk_module(
+    module: nn.Module, shown: str, raw: str, above: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, str, Tensor]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield shown + name, raw + name, parameter
+    above = (*above, module)
+    for name, child in module._modules.items():
+        if child is not None and not any(child is each for each in above):
+            inner = shown if _is_wrapper(module, name) else f"{shown}{name}."
+            yield from _walk_module(child, inner, f"{raw}{name}.", above)
+
+
+def _is_wrapper(module: nn.Module, child: str) -> bool:
+    if child in _WRAPPED:
+        return True
+    return child == "module" and isinstance(module, DataParallel | DistributedDataParallel)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,21 +44,28 @@ def describe(layer_name: str, gradient: Tensor) -> LayerGradientStats:
     return moments.stats(layer_name, numel)
 
 
-def with_dead_and_exploding(
-    found: Scan, gradients: Sequence[Tensor | None], scales: Sequence[float] | None = None
-) -> Scan:
-    """Return the scan with its dead and exploding layers, counted in one more read of the gradients.
+def find_dead_and_exploding(
+    found: Scan,
+    gradients: Sequence[Tensor | None],
+    scales: Sequence[float] | None = None,
+    among: Collection[int] | None = None,
+) -> tuple[set[int], set[int]]:
+    """Return the dead layers and the exploding ones, found in one more read of the gradients.
 
     scales: what each gradient was multiplied by, and has to be divided by before "large" means anything.
+    among: the layers to look at; all, where it is None.
     """
-    dead = exploding = 0
-    scales = [1.0] * len(gradients) if scales is None else scales
-    for gradient, norm, scale in zip(gradients, found.norms, scales, strict=True):
-        if gradient is not None and norm is not None:
-            dead += _is_dead(gradient)
-            if _can_explode(gradient, norm):
-                exploding += describe("", gradient if scale == 1.0 else gradient / scale).exploding
-    return replace(found, dead_layers=dead, exploding_layers=exploding)
+    dead, exploding = set(), set()
+    for index in range(len(gradients)) if among is None else sorted(among):
+        gradient, norm = gradients[index], found.norms[index]
+        scale = 1.0 if scales is None else scales[index]
+        if gradient is None or norm is None:
+            continue
+        if _is_dead(gradient):
+            dead.add(index)
+        if _can_explode(gradient, norm) and describe("", gradient if scale == 1.0 else gradient / scale).exploding:
+            exploding.add(index)
+    return dead, exploding
 
 
 def _is_dead(gradient: Tensor) -> bool:
@@ -106,7 +113,7 @@ class _Moments:
         low, high = (bound.item() for bound in torch.aminmax(chunk))
         scratch = torch.sub(chunk, mean)
         squares = torch.dot(scratch, scratch).item()
-        if not math.isfinite(mean) or (low < high and not _TINY < squares < math.inf):
+        if not math.isfinite(mean + squares) or (low < high and squares <= _TINY):
             squares, mean = _wide_moments(chunk)
         self._merge(chunk.numel(), mean, squares, low, high)
         self._count_sizes(chunk, torch.abs(chunk, out=scratch), max(-low, high))

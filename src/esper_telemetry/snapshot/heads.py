@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from esper_telemetry.health import total_norm
 from esper_telemetry.snapshot.recent import LayerCounts
@@ -37,16 +38,26 @@ class WatchedHeads:
     nan: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, heads: Mapping[str, str | Sequence[str]] | None, layer_names: Iterable[str]) -> WatchedHeads:
-        """Build the heads of a model with these layers; raise ValueError when one has no layer there."""
+    def of(
+        cls,
+        heads: Mapping[str, str | Sequence[str]] | None,
+        layer_names: Iterable[str],
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> WatchedHeads:
+        """Build the heads of a model with these layers; raise ValueError when one has no layer there.
+
+        aliases: other names of the layers, by which a head can be given too.
+        """
         if not isinstance(heads or {}, Mapping):
             raise ValueError(f"heads: expected a dict of head -> module name, got {type(heads).__name__}")
         names = list(layer_names)
         watched = {head: _modules(given) for head, given in (heads or {}).items()}
         for head, modules in watched.items():
             for module in modules or ("",):
-                if not any(_is_in(name, module) for name in names):
+                if not any(_is_in(name, module) for name in (*names, *aliases)):
                     raise ValueError(f"heads: expected for {head!r} one of {_known_modules(names)}, got {module!r}")
+            meant = [name for alias, name in aliases.items() if any(_is_in(alias, module) for module in modules)]
+            watched[head] = tuple(dict.fromkeys((*modules, *meant)))
         return cls(watched)
 
     def after(self, bad_layers: Iterable[LayerCounts]) -> WatchedHeads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esper_telemetry.health import HealthTier
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from esper_telemetry.snapshot.amp_state import AmpState
     from esper_telemetry.snapshot.heads import Head, WatchedHeads
     from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
+    from esper_telemetry.snapshot.train_progress import TrainProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Snapshot:
     history: the last minutes in slots, and how trouble began.
     amp: the GradScaler's state at the last check, None where none is watched.
     monitor_seconds: time spent measuring so far.
+    progress: what the loop told of its training; None where it told nothing.
     """
 
     run: RunInfo
@@ -102,6 +104,7 @@ class Snapshot:
     monitor_seconds: float
     monitor_errors: int
     ppo: PPOUpdatePayload | None
+    progress: TrainProgress | None
     ended: bool
 
     @classmethod
@@ -135,6 +138,7 @@ class Snapshot:
             monitor_seconds=0.0,
             monitor_errors=0,
             ppo=None,
+            progress=None,
             ended=False,
         )
 
@@ -169,3 +173,24 @@ class Snapshot:
     def skipping(self, reason: str) -> Snapshot:
         """Return this snapshot with one more skipped update."""
         return self.but(skipped_updates={**self.skipped_updates, reason: self.skipped_updates[reason] + 1})
+
+    def carrying_on(self, before: Snapshot) -> Snapshot:
+        """Return this snapshot of a run that has just begun, with all that another has counted and remembered."""
+        heads = self.watched_heads
+        if heads is not None and before.watched_heads is not None:
+            heads = replace(heads, inf=before.watched_heads.inf, nan=before.watched_heads.nan)
+        return self.but(
+            checks=before.checks,
+            timestamp=before.timestamp,
+            origin_layer=before.origin_layer,
+            inf=before.inf,
+            nan=before.nan,
+            recent=replace(before.recent, seconds=self.recent.seconds),
+            history=replace(before.history, quiet_seconds=self.history.quiet_seconds),
+            watched_heads=heads,
+            skipped_updates=before.skipped_updates,
+            monitor_seconds=before.monitor_seconds,
+            monitor_errors=before.monitor_errors,
+            ppo=before.ppo,
+            progress=before.progress,
+        )

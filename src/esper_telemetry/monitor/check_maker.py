@@ -1,0 +1,160 @@
+"""Make checks: measure what was gathered, judge it, and publish it when its result is there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esper_telemetry.monitor.amp import ScalerWatch
+from esper_telemetry.monitor.check import Check, amp_news
+from esper_telemetry.monitor.coverage import Coverage, Measure
+from esper_telemetry.monitor.dead_layers import DeadLayers
+from esper_telemetry.monitor.gathering import Gathering
+from esper_telemetry.monitor.latest import Latest
+from esper_telemetry.monitor.passes import Pass
+from esper_telemetry.recorder import BatchId, FlightRecorder
+from esper_telemetry.scan import PendingScan, Scan, Scanner
+from esper_telemetry.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Aids:
+    """Hold what takes part in a check beside the scan.
+
+    before_check: called with the number of the check to come; it may write to the gradients.
+    wait: whether the result is needed before the optimizer steps.
+    """
+
+    dead_layers: DeadLayers
+    recorder: FlightRecorder | None
+    before_check: Callable[[int], None] | None
+    wait: bool
+
+
+class CheckMaker:
+    """Make checks one after the other; results that are on a device are published later, in the same order.
+
+    made: how many, those without a result yet included.
+    steps_early: whether gradients were taken away during the last pass, as by an optimizer that steps there.
+    seconds: spent in the training thread so far.
+    batch_id: of the batch that made the gradients.
+    """
+
+    def __init__(self, latest: Latest, aids: Aids) -> None:
+        self._latest = latest
+        self._aids = aids
+        self._launched: deque[tuple[PendingScan, Check]] = deque()
+        self._untold: list[Snapshot] = []
+        self._names: Sequence[str] = ()
+        self.scan: Measure = Scanner()
+        self.amp: ScalerWatch | None = None
+        self.steps_early = False
+        self.made = 0
+        self.seconds = 0.0
+        self.batch_id: BatchId = None
+
+    @property
+    def pending(self) -> bool:
+        """Tell whether results are still on a device."""
+        return bool(self._launched)
+
+    def measure_early(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
+        """Measure a gradient as it arrives."""
+        started = time.perf_counter()
+        with torch.no_grad(), self._latest.lock:
+            found = self.scan(gradients)
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> list[Snapshot]:
+        """Make a check, and return the snapshots that are news; what goes wrong is counted, not raised."""
+        with self._latest.lock:
+            try:
+                with torch.no_grad():
+                    self._make(gathering, ended, measure, started)
+            except Exception:
+                self._latest.fail("a check failed")
+            return self.take_news()
+
+    def settle(self, wait: bool = False) -> None:
+        """Publish launched checks in their order, as far as their results are there."""
+        while self._launched:
+            try:
+                if not wait and not self._launched[0][0].ready():
+                    return
+                pending, check = self._launched.popleft()
+                started = time.perf_counter()
+                self._publish(check, check.judge(pending.result()), started)
+            except Exception:
+                self._launched.clear()
+                self._latest.fail("results were lost on their device")
+
+    def take_news(self) -> list[Snapshot]:
+        """Return the snapshots that listeners were not told of yet."""
+        news, self._untold = self._untold, []
+        return news
+
+    def see_step(self, optimizer: Optimizer, gathering: Gathering) -> None:
+        """Take note that an optimizer is about to step."""
+        if self.amp is not None and self.amp.awaits_skip:
+            self.amp.stepped(optimizer, gathering.watched.names, gathering.watched.parameters())
+
+    def see_last_step(self, gathering: Gathering) -> None:
+        """Take in what the scaler did after the last check; an overflow that it did not skip counts after all."""
+        if self.amp is None:
+            return
+        state, unexplained = self.amp.look()
+        before = self._latest.snapshot
+        self._latest.change(**amp_news(before, state))
+        if unexplained:
+            names, parameters = gathering.watched.names, gathering.watched.parameters()
+            bad = {names.index(name): counts for name, counts in unexplained.items() if name in names}
+            found = Scan(list(before.layer_norms), bad, before.elements or 0)
+            self._publish(Check(names, parameters, (), (), time.time(), None), found, time.perf_counter())
+
+    def _make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> None:
+        aids, number = self._aids, self._latest.snapshot.checks + len(self._launched) + 1
+        parameters, gradients = gathering.gather(ended)
+        coverage = Coverage(gradients, ended, by_hand=not gathering.follows_passes)
+        if aids.before_check is not None:
+            aids.before_check(number)
+            _, gradients = gathering.gather(ended)
+        if aids.before_check is not None or self.amp is not None or measure is not self.scan:
+            coverage.all_now(gradients)
+        names, order = gathering.watched.names, ended.order
+        late: Sequence[Tensor | None] = coverage.late
+        amp = None
+        if self.amp is not None:
+            late, amp = self.amp.read(late, parameters, names, order)
+        found = coverage.merge(measure(late))
+        layers = [each if gradient is None else gradient for each, gradient in zip(parameters, gradients, strict=True)]
+        check = Check(names, layers, order, coverage.unmeasured, time.time(), amp)
+        self.made += 1
+        self.steps_early = coverage.freed
+        if isinstance(found, Scan):
+            self.settle(wait=True)
+            self._publish(check, self._with_dead_layers(check.judge(found), check, gradients), started)
+        else:
+            self._launched.append((found, check.without_gradients()))
+            self.settle(wait=aids.wait)
+        if aids.recorder is not None:
+            aids.recorder.note(number, self.batch_id, order, names, gradients, self._latest.snapshot)
+
+    def _with_dead_layers(self, found: Scan, check: Check, gradients: Sequence[Tensor | None]) -> Scan:
+        if self.steps_early:
+            return found  # some are gone
+        if check.names is not self._names:
+            self._names = check.names
+            self._aids.dead_layers.forget()
+        return self._aids.dead_layers.add_to(found, gradients, None if check.amp is None else check.amp.scales)
+
+    def _publish(self, check: Check, found: Scan, started: float) -> None:
+        seconds = self.seconds + time.perf_counter() - started
+        self._latest.snapshot = check.publish(self._latest.snapshot, found, seconds)
+        self._untold.append(self._latest.snapshot)

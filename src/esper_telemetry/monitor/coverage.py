@@ -1,0 +1,108 @@
+"""Which of the gradients that arrived were measured: those that stay at the end of a pass, others as they arrive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from esper_telemetry.monitor.passes import Arrival, Pass
+from esper_telemetry.monitor.tags import Tag
+from esper_telemetry.scan import PendingScan, Scan, with_early
+
+Measure = Callable[[Sequence[Tensor | None]], Scan | PendingScan]
+
+
+def look_on_arrival(tag: Tag, parameter: Tensor, measure: Measure) -> Arrival | None:
+    """Look at a gradient that has just arrived, and measure it where it may be gone when the pass ends.
+
+    That is so in the first pass, which shows what other code does with it; where it was gone or altered before; and
+    where other hooks wait for it. Return None where another hook was faster and has taken it.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    found = measure([gradient]) if tag.early or tag.has_company else None
+    return Arrival(id(gradient), gradient._version, found)
+
+
+class _Early(NamedTuple):
+    """Hold what was measured of a gradient as it arrived."""
+
+    tag: Tag
+    found: Scan | PendingScan
+
+
+class Coverage:
+    """Say how each gradient of one check is measured.
+
+    late: what is to be measured now, by layer; what was measured as it arrived, and is still the same, is left out.
+    unmeasured: the layers whose gradient arrived, and was gone or altered before it could be measured.
+    freed: whether gradients were taken away during the pass.
+
+    by_hand: whether others may have worked on the gradients since the pass ended, as before `update()`: what they
+        altered is then measured as it is.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None], ended: Pass, by_hand: bool = False) -> None:
+        self.late = list(gradients)
+        self.unmeasured: list[int] = []
+        self.freed = False
+        self._early: dict[int, _Early] = {}
+        self._by_hand = by_hand
+        for tag, arrived in ended.arrived.items():
+            if tag.index is not None:
+                self._compare(tag.index, tag, arrived)
+        if self.unmeasured:  # other code has changed its ways: all of it is to be seen once more
+            for tag in ended.arrived:
+                tag.early = True
+
+    def all_now(self, gradients: Sequence[Tensor | None]) -> None:
+        """Measure every gradient now, those that were measured before too."""
+        self.late = list(gradients)
+
+    def merge(self, late: Scan | PendingScan) -> Scan | PendingScan:
+        """Return the scan of all that was measured, now and before."""
+        if not self._early:
+            return late
+        for index, early in self._early.items():
+            if self.late[index] is not None and _alike(late, index, early.found):
+                early.tag.early = False
+        return with_early(late, {index: early.found for index, early in self._early.items()})
+
+    def _compare(self, index: int, tag: Tag, arrived: Arrival | None) -> None:
+        gradient = self.late[index]
+        same = (
+            gradient is not None
+            and arrived is not None
+            and arrived.gradient == id(gradient)
+            and arrived.version == gradient._version
+        )
+        self.freed |= gradient is None
+        if arrived is None or arrived.found is None:
+            if not same and (gradient is None or not self._by_hand):
+                self.unmeasured.append(index)
+            return
+        if self._by_hand and gradient is not None and not same and not tag.has_company:
+            tag.early = False  # the owner of the loop did this, and wants it measured as it is
+            return
+        self._early[index] = _Early(tag, arrived.found)
+        if not same:
+            tag.early = True
+        elif not tag.early:
+            self.late[index] = None
+
+
+def _alike(late: Scan | PendingScan, index: int, early: Scan | PendingScan) -> bool:
+    """Tell whether a gradient is at the end of a pass what it was when it arrived.
+
+    Its version does not tell of changes through `.data`, its norm does; where that is still on a device nobody waits.
+    """
+    if not isinstance(late, Scan) or not isinstance(early, Scan):
+        return True
+    one, two = late.norms[index], early.norms[0]
+    if one is None or two is None or not math.isfinite(one + two):
+        return str(one) == str(two)
+    return math.isclose(one, two, rel_tol=0.01)

@@ -1,0 +1,98 @@
+"""Gather the gradients of a check: those that this thread's backward passes have made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from esper_telemetry.monitor.coverage import Measure, look_on_arrival
+from esper_telemetry.monitor.passes import Pass, Passes, SinceUpdate
+from esper_telemetry.monitor.tags import Tag, retag
+from esper_telemetry.monitor.watched import Watched
+from esper_telemetry.scan.layers import Model
+
+
+class Gathering:
+    """Know what a model's parameters are, and what has arrived there.
+
+    measure: measures gradients that may not stay, as they arrive.
+    fail: takes note of an exception, which never reaches the training loop.
+    """
+
+    def __init__(self, model: Model, measure: Measure, fail: Callable[[str], None]) -> None:
+        self._measure = measure
+        self._fail = fail
+        self._passes: Passes | None = None
+        self._since_update = SinceUpdate()
+        self._threads: set[int] = set()
+        self.paused = 0
+        self.watched = Watched(model, self._arrive)
+
+    @property
+    def follows_passes(self) -> bool:
+        """Tell whether checks are made at the end of each backward pass."""
+        return self._passes is not None
+
+    def follow_passes(self, on_end: Callable[[Pass], object]) -> None:
+        """Call `on_end` at the end of each backward pass, from now on."""
+        self._passes = Passes(self.watched.refresh, on_end)
+
+    def take(self) -> Pass:
+        """Return what has arrived since the last call, where no passes are followed."""
+        taken, self._since_update = self._since_update, SinceUpdate()
+        return taken
+
+    def gather(self, ended: Pass) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+        """Return the model's parameters, and the gradients that may be measured in this thread.
+
+        What another thread's backward pass is writing to, or may be, is not touched: to read it would be a crash.
+        """
+        parameters = self.watched.parameters()
+        if self._passes is None:
+            gradients = [parameter.grad for parameter in parameters]
+        else:
+            me = threading.get_ident()
+            self._threads.add(me)
+            for tag in ended.arrived:
+                tag.thread = me
+            with self._passes.lock:
+                gradients = self._of_thread(me, parameters, self._is_alone(ended))
+        if len(ended.arrived) < len(self.watched.tags):
+            self._retag(parameters, gradients, ended)
+        return parameters, gradients
+
+    def close(self) -> None:
+        """Leave every parameter as it was before."""
+        self.watched.close()
+
+    def _arrive(self, tag: Tag, parameter: Tensor) -> None:
+        if self.paused:
+            return
+        try:
+            under_way = self._since_update if self._passes is None else self._passes
+            arrived = under_way.now().arrived
+            arrived[tag] = look_on_arrival(tag, parameter, self._measure)
+        except Exception:
+            self._fail("a gradient could not be looked at as it arrived")
+
+    def _is_alone(self, ended: Pass) -> bool:
+        if len(self._threads) > 1:
+            self._threads.intersection_update(thread.ident for thread in threading.enumerate())
+        return len(self._threads) == 1 and self._passes is not None and not self._passes.others_than(ended)
+
+    def _of_thread(self, me: int, parameters: Sequence[Tensor], alone: bool) -> list[Tensor | None]:
+        if alone:
+            return [parameter.grad for parameter in parameters]
+        others = self._threads - {me}
+        return [
+            None if tag.thread is None or tag.thread in others else parameter.grad
+            for tag, parameter in zip(self.watched.tags, parameters, strict=True)
+        ]
+
+    def _retag(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ended: Pass) -> None:
+        """Tag again what has a gradient that was not seen to arrive."""
+        for tag, parameter, gradient in zip(self.watched.tags, parameters, gradients, strict=False):
+            if gradient is not None and tag not in ended.arrived:
+                retag(parameter)

@@ -1,0 +1,31 @@
+"""The newest snapshot: written by the monitor alone, read by everybody."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from esper_telemetry.snapshot import Snapshot
+
+logger = logging.getLogger("esper_telemetry")
+
+
+class Latest:
+    """Hold the newest snapshot. Readers take no lock; who changes it holds `lock`, or calls `change()`."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.lock = threading.RLock()
+
+    def change(self, **changes: Any) -> None:
+        """Replace it by one with these fields changed."""
+        with self.lock:
+            self.snapshot = self.snapshot.but(**changes)
+
+    def fail(self, what: str) -> None:
+        """Count the exception at hand, and log it when it is the first: training goes on."""
+        if self.snapshot.monitor_errors == 0:
+            logger.exception("esper: %s; training goes on, and this is counted and not logged again", what)
+        with self.lock:
+            self.snapshot = self.snapshot.but(monitor_errors=self.snapshot.monitor_errors + 1)

@@ -1,0 +1,66 @@
+"""Notice optimizers that step: one that steps again without a check between shows what the backward hooks missed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+OnStep = Callable[[Optimizer], None]
+
+
+def follow_steps(on_step: OnStep) -> Callable[[], None]:
+    """Call `on_step` before each step of every optimizer in this process; return a function that ends that.
+
+    Steps within a backward pass are left out. A bound method's object is not kept alive.
+    """
+    reference = weakref.WeakMethod(on_step)
+    _followers.append(reference)
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_tell))
+
+    def stop() -> None:
+        if reference in _followers:
+            _followers.remove(reference)
+
+    return stop
+
+
+class UncheckedSteps:
+    """Find the optimizer that is about to step with gradients of the model, and has had no check since its last step.
+
+    Whatever keeps gradients from being seen as they arrive is noticed here, if late: after the clip.
+    """
+
+    def __init__(self) -> None:
+        self._checks_at: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+    def is_so(self, optimizer: Optimizer, checks: int, parameters: Callable[[], Sequence[Tensor]]) -> bool:
+        """Tell whether this optimizer is, when so many checks were made."""
+        before = self._checks_at.get(optimizer, 0)
+        self._checks_at[optimizer] = checks
+        if before != checks:
+            return False
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return any(each.grad is not None and id(each) in own for each in parameters())
+
+
+_followers: list[weakref.WeakMethod[OnStep]] = []
+_handles: list[RemovableHandle] = []
+
+
+def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        return
+    for reference in tuple(_followers):
+        on_step = reference()
+        if on_step is None:
+            _followers.remove(reference)
+        else:
+            on_step(optimizer)

@@ -1,0 +1,50 @@
+"""Take in what the loop tells of its progress, without waiting for a device."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+from esper_telemetry.monitor.scalars import Scalars
+from esper_telemetry.snapshot.train_progress import TrainProgress
+
+_MOST = 16  # of a loss that is still on its device; who reads is behind by no more
+
+
+class Progress:
+    """Keep the newest progress; what is told as a tensor on a device is known when it has arrived."""
+
+    def __init__(self) -> None:
+        self._on_the_way: deque[tuple[Scalars, dict[str, Any]]] = deque(maxlen=_MOST)
+
+    @property
+    def pending(self) -> bool:
+        """Tell whether something is still on a device."""
+        return bool(self._on_the_way)
+
+    def tell(self, before: TrainProgress | None, **told: Any) -> TrainProgress:
+        """Return the progress after what was told; raise TypeError or ValueError where it is no number."""
+        tensors = {name: value.detach() for name, value in told.items() if isinstance(value, Tensor)}
+        for name, tensor in tensors.items():
+            if tensor.numel() != 1:
+                raise ValueError(f"record: expected for {name} one number, got a tensor of shape {tuple(tensor.shape)}")
+        if tensors:
+            self._on_the_way.append((Scalars([each.reshape(()) for each in tensors.values()]), {**told}))
+            return self.arrived(before) or TrainProgress()
+        return _after(before, told)
+
+    def arrived(self, before: TrainProgress | None) -> TrainProgress | None:
+        """Return the progress after what has arrived meanwhile."""
+        while self._on_the_way and self._on_the_way[0][0].ready():
+            scalars, told = self._on_the_way.popleft()
+            names = [name for name, value in told.items() if isinstance(value, Tensor)]
+            before = _after(before, told | dict(zip(names, scalars.values(), strict=True)))
+        return before
+
+
+def _after(before: TrainProgress | None, told: dict[str, Any]) -> TrainProgress:
+    numbers = {name: None if value is None else float(value) for name, value in told.items()}
+    step, samples = (None if (value := numbers[name]) is None else int(value) for name in ("step", "samples"))
+    return (before or TrainProgress()).after(numbers["loss"], numbers["lr"], step, samples)
