@@ -25,7 +25,7 @@ from esper_telemetry.scan.triton_kernel import CHUNK, RECORD, add_up_layers
 from tests.gradients import REAL, expected_counts, gradients, lay_out
 
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-TILE = cuda._TILE
+TILE = 4096
 
 on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: what streams, events and allocations do did not run")
 
@@ -49,7 +49,7 @@ def stand_ins():
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_pinned", lambda *shape: torch.empty(shape, dtype=torch.int64))
+        patch.setattr(cuda, "_pinned", lambda *shape, dtype=torch.int64: torch.empty(shape, dtype=dtype))
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0))
@@ -179,16 +179,19 @@ def test_the_kernel_compiles_for_gpus_and_reads_16_bytes_at_a_time(capability, t
 from triton import compile, language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from esper_telemetry.scan.triton_kernel import CHUNK, add_up_layers, count_chunks
-target, int64 = GPUTarget("cuda", {capability}, 32), "*i64"
-table = dict.fromkeys(["addresses", "numels", "chunks", "records"], int64) | dict(first="i32")
+from esper_telemetry.scan.cuda import Tuning
+from esper_telemetry.scan.triton_kernel import add_up_layers, count_chunks
+target, int64, tuning = GPUTarget("cuda", {capability}, 32), "*i64", Tuning()
+table = dict.fromkeys(["addresses", "numels", "starts", "records", "layers"], int64)
+table |= dict(chunks="*i32", arrived="*i32", first="i32", last="i32")
+same = dict(CHUNK=tuning.chunk, ROWS=tuning.rows, WIDTH=tuning.width, TALLIES=tuning.tallies, FUSED=tuning.fused)
 for dtype in (tl.float32, tl.bfloat16, tl.float16, tl.float64):
-    constants = dict(DTYPE=dtype, ALIGNED=True, CHUNK=CHUNK, TILE={TILE})
+    constants = dict(same, DTYPE=dtype)
     source = ASTSource(count_chunks, table | dict.fromkeys(constants, "constexpr"), constants)
-    ptx = compile(source, target=target, options=dict(num_warps={cuda._WARPS})).asm["ptx"]
+    ptx = compile(source, target=target, options=dict(num_warps=tuning.warps)).asm["ptx"]
     assert "ld.global.v4.b32" in ptx or "ld.global.v2.b64" in ptx
 table = dict.fromkeys(["records", "starts", "layers"], int64) | dict(WIDTH="constexpr")
-compile(ASTSource(add_up_layers, table, dict(WIDTH={cuda._WIDTH})), target=target)
+compile(ASTSource(add_up_layers, table, dict(WIDTH=512)), target=target)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

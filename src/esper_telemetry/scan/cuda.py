@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from itertools import groupby
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import compress, groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +24,23 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_TILE = 2048
-_WARPS = 8
-_WIDTH = 512
 _PLANS = 16
+
+_LAYOUT = attrgetter("layout")
+_DTYPE = attrgetter("dtype")
+
+
+class Tuning(NamedTuple):
+    """Say how the kernel cuts its work."""
+
+    chunk: int = CHUNK
+    rows: int = 512
+    width: int = 256
+    warps: int = 8
+    registers: int | None = None
+    tallies: bool = True
+    fused: bool = True
+    programs: int | None = None
 
 
 class CudaScanner:
@@ -35,34 +51,28 @@ class CudaScanner:
     Complex gradients are not for this kernel. A sparse one is coalesced first, which waits for the device.
     """
 
-    def __init__(self) -> None:
-        self._plans: dict[tuple[torch.device, int, tuple[_Layer, ...]], _Plan] = {}
+    def __init__(self, tuning: Tuning = Tuning()) -> None:  # noqa: B008
+        self._plans: dict[tuple[object, ...], _Plan] = {}
+        self._tuning = tuning
 
     def launch(self, gradients: Sequence[Tensor | None]) -> PendingCudaScan:
         """Start counting what the gradients hold now, in the order of the stream; what changes later is not seen."""
-        numels: dict[int, int] = {}
-        layers: dict[torch.device, list[_Layer]] = {}
-        pieces: dict[torch.device, list[Tensor]] = {}  # kept until the launch: some are copies
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            numels[index] = local_numel(gradient)
-            parts = _flat_parts(gradient)
-            device = gradient.device
-            aligned = all(part.data_ptr() % 16 == 0 for part in parts)
-            layer = _Layer(index, parts[0].dtype, aligned, tuple(part.numel() for part in parts))
-            layers.setdefault(device, []).append(layer)
-            pieces.setdefault(device, []).extend(parts)
+        present = [gradient for gradient in gradients if gradient is not None]
+        places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        indices = list(map(Tensor.get_device, present))
         launched = []
-        for device in layers:
+        for index in sorted(set(indices)):
+            here = [other == index for other in indices]
+            layers = _Layers.of(tuple(compress(places, here)), list(compress(present, here)))
+            device = layers.parts[0].device
             with torch.cuda.device(device):
-                plan = self._plan(device, tuple(layers[device]))
-                launched.append((plan, plan.launch(pieces[device])))
-        return PendingCudaScan(len(gradients), numels, launched)
+                plan = self._plan(device, layers)
+                launched.append((plan, plan.launch(layers)))
+        return PendingCudaScan(len(gradients), launched)
 
-    def _plan(self, device: torch.device, layers: tuple[_Layer, ...]) -> _Plan:
-        key = device, torch.cuda.current_stream(device).cuda_stream, layers
-        plan = self._plans.pop(key, None) or _Plan(device, layers)
+    def _plan(self, device: torch.device, layers: _Layers) -> _Plan:
+        key = device, torch.cuda.current_stream(device).cuda_stream, *layers.layout
+        plan = self._plans.pop(key, None) or _Plan(device, layers, self._tuning)
         self._plans[key] = plan  # the most recent last
         if len(self._plans) > _PLANS:
             del self._plans[next(iter(self._plans))]
@@ -72,9 +82,8 @@ class CudaScanner:
 class PendingCudaScan:
     """Hold a scan that is still on its way."""
 
-    def __init__(self, gradients: int, numels: dict[int, int], launched: list[tuple[_Plan, _Slot]]) -> None:
+    def __init__(self, gradients: int, launched: list[tuple[_Plan, _Slot]]) -> None:
         self._gradients = gradients
-        self._numels = numels
         self._launched = launched
         self._scan: Scan | None = None
 
@@ -91,75 +100,124 @@ class PendingCudaScan:
     def _collect(self) -> Scan:
         norms: list[float | None] = [None] * self._gradients
         bad: dict[int, tuple[int, int]] = {}
-        dead = exploding = 0
+        elements = dead = exploding = 0
         for plan, slot in self._launched:
-            results = plan.take(slot)
-            plan_norms = results.view(torch.float64)[:, -1].tolist()
-            for index, (inf, nan, nonzero, large, _), norm in zip(
-                plan.places, results.tolist(), plan_norms, strict=True
-            ):
-                numel = max(1, self._numels[index])
-                norms[index] = norm
-                if inf or nan:
-                    bad[index] = inf, nan
-                dead += (self._numels[index] - nonzero) / numel > DEAD_ZERO_FRACTION
-                exploding += large / numel > EXPLODING_LARGE_FRACTION
-        return Scan(norms, dict(sorted(bad.items())), sum(self._numels.values()), dead, exploding)
+            found = plan.take(slot)
+            elements += plan.elements
+            for place, norm in zip(plan.places, found.view(torch.float64)[:, -1].tolist(), strict=True):
+                norms[place] = norm
+            if found[:, :2].any():
+                bad |= {
+                    place: (inf, nan)
+                    for place, (inf, nan) in zip(plan.places, found[:, :2].tolist(), strict=True)
+                    if inf or nan
+                }
+            dead += int(((plan.numels - found[:, 2]) / plan.divisors > DEAD_ZERO_FRACTION).sum())
+            exploding += int((found[:, 3] / plan.divisors > EXPLODING_LARGE_FRACTION).sum())
+        if not all(plan.tallies for plan, _ in self._launched):
+            return Scan(norms, dict(sorted(bad.items())), elements)
+        return Scan(norms, dict(sorted(bad.items())), elements, dead, exploding)
 
 
-class _Layer(NamedTuple):
-    """Say how a gradient lies in memory; where it lies may change with every step."""
+class _Layers(NamedTuple):
+    """Say where gradients of one device lie in memory, in parts that are dense.
 
-    place: int
-    dtype: torch.dtype
-    aligned: bool
-    numels: tuple[int, ...]
+    layout: what a plan holds for: of each layer its place among the gradients, how many elements it has, and how many
+        parts; of each part its elements and its dtype.
+    """
+
+    parts: list[Tensor]  # kept until the launch: some are copies
+    layout: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[torch.dtype, ...]]
+
+    @classmethod
+    def of(cls, places: tuple[int, ...], gradients: list[Tensor]) -> _Layers:
+        """Flatten gradients of one device; Python does little for each of many plain ones."""
+        dtypes = tuple(map(_DTYPE, gradients))
+        if (
+            set(map(type, gradients)) == {Tensor}
+            and set(map(_LAYOUT, gradients)) == {torch.strided}
+            and all(map(Tensor.is_contiguous, gradients))
+            and _DTYPES.keys() >= set(dtypes)
+        ):
+            numels = tuple(map(Tensor.numel, gradients))
+            return cls(gradients, (places, numels, (1,) * len(numels), numels, dtypes))
+        parts = list(map(_flat_parts, gradients))
+        flat = [part for each in parts for part in each]
+        numels, dtypes = tuple(map(Tensor.numel, flat)), tuple(map(_DTYPE, flat))
+        return cls(flat, (places, tuple(map(local_numel, gradients)), tuple(map(len, parts)), numels, dtypes))
 
 
 class _Plan:
     """Cut the gradients of one device into chunks; holds for as long as their layout stays the same."""
 
-    def __init__(self, device: torch.device, layers: tuple[_Layer, ...]) -> None:
-        segments = iter(range(sum(len(layer.numels) for layer in layers)))
-        cut = [(layer, [_chunks(next(segments), numel) for numel in layer.numels]) for layer in layers]
-        cut.sort(key=lambda each: (str(each[0].dtype), each[0].aligned))
-        self.places = [layer.place for layer, _ in cut]
-        self._groups: list[tuple[torch.dtype, bool, int, int]] = []
+    def __init__(self, device: torch.device, layers: _Layers, tuning: Tuning) -> None:
+        places, layer_numels, lengths, numels, dtypes = layers.layout
+        self._tuning = tuning
+        self.tallies = tuning.tallies
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        cut = [
+            (place, numel, dtypes[end - length], range(end - length, end))
+            for place, numel, length, end in zip(places, layer_numels, lengths, ends, strict=True)
+        ]
+        cut.sort(key=lambda each: str(each[2]))
+        self.places = [place for place, *_ in cut]
+        self.elements = sum(layer_numels)
+        self.numels = torch.tensor([numel for _, numel, *_ in cut], dtype=torch.float64)
+        self.divisors = self.numels.clamp(min=1)
+        self._groups: list[tuple[torch.dtype, int, int]] = []
         self._free: list[_Slot] = []
+        chunks: list[Tensor] = []
         starts = [0]
-        for (dtype, aligned), members in groupby(cut, key=lambda each: (each[0].dtype, each[0].aligned)):
+        for dtype, members in groupby(cut, key=lambda each: each[2]):
             first = starts[-1]
-            for _, parts in members:
+            for *_, segments in members:
+                layer = len(starts) - 1
+                parts = [_chunks(segment, numels[segment], layer, tuning.chunk) for segment in segments]
                 starts.append(starts[-1] + sum(map(len, parts)))
+                chunks += parts
             if starts[-1] > first:
-                self._groups.append((dtype, aligned, first, starts[-1] - first))
+                self._groups.append((dtype, first, starts[-1]))
         self._device = device
-        self._numels = _upload(torch.tensor([numel for layer in layers for numel in layer.numels]), device)
-        self._chunks = _upload(torch.cat([part for _, parts in cut for part in parts]), device)
+        self._numels = _upload(torch.tensor(numels), device)
+        self._chunks = _upload(torch.cat(chunks), device)
         self._starts = _upload(torch.tensor(starts), device)
+        self._options: dict[str, Any] = {
+            "CHUNK": tuning.chunk,
+            "ROWS": tuning.rows,
+            "WIDTH": tuning.width,
+            "TALLIES": tuning.tallies,
+            "FUSED": tuning.fused,
+            "num_warps": tuning.warps,
+        }
+        if tuning.registers is not None:
+            self._options["maxnreg"] = tuning.registers
 
-    def launch(self, pieces: Sequence[Tensor]) -> _Slot:
+    def launch(self, layers: _Layers) -> _Slot:
         """Start counting on the current stream, and return the slot where the result will be."""
         slot = self._free.pop() if self._free else self._slot()
-        slot.addresses_host.copy_(torch.tensor([piece.data_ptr() for piece in pieces]))
-        slot.addresses.copy_(slot.addresses_host, non_blocking=True)
-        for dtype, aligned, first, count in self._groups:
-            count_chunks[(count,)](
-                slot.addresses,
-                self._numels,
-                self._chunks,
-                slot.records,
-                first,
-                DTYPE=_DTYPES[dtype],
-                ALIGNED=aligned,
-                CHUNK=CHUNK,
-                TILE=_TILE,
-                num_warps=_WARPS,
-            )
-        add_up_layers[(len(self.places),)](slot.records, self._starts, slot.results, WIDTH=_WIDTH, num_warps=_WARPS)
+        slot.point_to(list(map(Tensor.data_ptr, layers.parts)))
+        self._count(slot)
         slot.results_host.copy_(slot.results, non_blocking=True)
         slot.done.record()
         return slot
+
+    def _count(self, slot: _Slot) -> None:
+        for dtype, first, last in self._groups:
+            count_chunks[(min(last - first, self._tuning.programs or last),)](
+                slot.addresses,
+                self._numels,
+                self._chunks,
+                self._starts,
+                slot.records,
+                slot.arrived,
+                slot.results,
+                first,
+                last,
+                DTYPE=_DTYPES[dtype],
+                **self._options,
+            )
+        if not self._tuning.fused:
+            add_up_layers[(len(self.places),)](slot.records, self._starts, slot.results, WIDTH=512, num_warps=8)
 
     def has_filled(self, slot: _Slot) -> bool:
         """Tell whether the result is in the slot."""
@@ -187,42 +245,49 @@ class _Plan:
             addresses_host=_pinned(segments),
             addresses=on_device(segments),
             records=on_device(chunks, RECORD),
-            results=on_device(layers, RECORD),
+            arrived=torch.zeros(layers, dtype=torch.int32, device=self._device),
+            results=on_device(layers, RECORD).zero_(),  # a layer without elements has no chunk that writes its own
             results_host=_pinned(layers, RECORD),
             done=torch.cuda.Event(),  # type: ignore[no-untyped-call]
         )
 
 
-class _Slot(NamedTuple):
+@dataclass(slots=True)
+class _Slot:
     """Hold the buffers of one scan, from its launch until its result was fetched."""
 
     addresses_host: Tensor
     addresses: Tensor
     records: Tensor
+    arrived: Tensor
     results: Tensor
     results_host: Tensor
     done: torch.cuda.Event
+    _pointers: list[int] | None = None
+
+    def point_to(self, pointers: list[int]) -> None:
+        """Upload where the gradients are, unless they are where they were the last time."""
+        if pointers != self._pointers:
+            self._pointers = pointers
+            self.addresses_host.copy_(torch.frombuffer(array("q", pointers), dtype=torch.int64))
+            self.addresses.copy_(self.addresses_host, non_blocking=True)
 
 
 def _flat_parts(gradient: Tensor) -> list[Tensor]:
     """Return dense parts that together hold every stored element; the order of elements does not matter here."""
-    plain = type(gradient) is Tensor and gradient.dtype in _DTYPES and gradient.layout is torch.strided
-    if plain and gradient.is_contiguous():
-        return [gradient]
     parts = (part.contiguous() for part in flats(materialize(gradient)))  # a part may have a stride
     return [part if part.dtype in _DTYPES else part.float() for part in parts]
 
 
-def _chunks(segment: int, numel: int) -> Tensor:
-    """Return (segment, number) of each chunk."""
-    numbers = torch.arange(-(-numel // CHUNK))
-    return torch.stack([torch.full_like(numbers, segment), numbers], dim=1)
+def _chunks(segment: int, numel: int, layer: int, chunk: int) -> Tensor:
+    """Return (segment, number, layer) of each chunk."""
+    numbers = torch.arange(-(-numel // chunk), dtype=torch.int32)
+    return torch.stack([torch.full_like(numbers, segment), numbers, torch.full_like(numbers, layer)], dim=1)
 
 
-def _pinned(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, pin_memory=True)
+def _pinned(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    staged = _pinned(*table.shape).copy_(table)
-    return staged.to(device, non_blocking=True)
+    return _pinned(*table.shape, dtype=table.dtype).copy_(table).to(device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""What the check costs on a GPU: `python -m benchmarks.gpu --out DIR`."""
