@@ -7,6 +7,7 @@ from esper_telemetry.snapshot.amp_state import AmpState
 from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 from esper_telemetry.snapshot.recent import LayerCounts
+from esper_telemetry.snapshot.train_progress import TrainProgress
 
 RUN = RunInfo(run_id="run-1", rank=0, world_size=1, local_rank=0, attempt=0, host="box", pid=4711)
 NOW = 1000.0
@@ -64,4 +65,5 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
             clip_fraction=0.05,
             explained_variance=None,
         ),
+        progress=TrainProgress(loss=0.75, learning_rate=3e-4, step=40, samples=640),
     )

@@ -389,3 +389,112 @@ def test_what_is_no_scaler_is_refused():
 def test_a_limit_of_skips_is_at_least_0():
     with pytest.raises(ValueError, match="max_amp_skips: expected at least 0, got -1"):
         watch(nn.Linear(1, 1), max_amp_skips=-1)
+
+
+class TestWhatTheScalerDoesNotStep:
+    """A generator in mixed precision, a discriminator in plain float32."""
+
+    def networks(self, **options):
+        torch.manual_seed(0)
+        self.models = {"G": nn.Linear(4, 3), "D": nn.Linear(4, 3)}
+        self.of_g, self.of_d = (torch.optim.SGD(each.parameters(), 1e-3) for each in self.models.values())
+        self.scaler = GradScaler("cpu", init_scale=1024.0)
+        chosen = {name: getattr(self, value) for name, value in options.items()}
+        self.monitor = watch(self.models, scaler=self.scaler, **chosen)
+
+    def step_d(self, bad=0):
+        self.of_d.zero_grad()
+        self.models["D"](torch.ones(2, 4)).sum().backward()
+        counted = self.monitor.snapshot.nan_grad_count
+        if bad:
+            self.models["D"].weight.grad.view(-1)[:bad] = math.nan
+            counted = self.monitor.update().nan_grad_count
+        self.of_d.step()
+        return counted
+
+    def step_g(self):
+        self.of_g.zero_grad()
+        self.scaler.scale(self.models["G"](torch.ones(2, 4)).sum()).backward()
+        self.scaler.step(self.of_g)
+        self.scaler.update()
+
+    def test_counts_in_full_and_is_not_divided_where_the_optimizers_are_known(self):
+        self.networks(optimizer="of_g")
+        self.step_g()
+        assert self.step_d(bad=9) == 9
+        self.models["G"].zero_grad()
+        self.models["D"].load_state_dict(nn.Linear(4, 3).state_dict())
+        self.step_d()
+        norm = nn.utils.get_total_norm([each.grad for each in self.models["D"].parameters()]).item()
+        assert self.monitor.snapshot.grad_norm == pytest.approx(norm)
+
+    def test_counts_at_the_next_check_where_they_are_not_known(self):
+        self.networks()
+        self.step_g()
+        assert self.step_d(bad=9) == 0
+        self.step_g()
+        assert self.monitor.snapshot.nan_grad_count == 9
+        assert self.monitor.snapshot.origin_layer == "D.weight"
+        assert self.monitor.snapshot.nan.critical_checks == 1
+
+    def test_an_optimizer_that_holds_copies_says_nothing(self):
+        self.networks(optimizer="of_g")
+        copies = torch.optim.SGD(nn.Linear(4, 3).parameters(), 0.1)
+        monitor = GradientMonitor(self.models["G"], scaler=self.scaler, optimizer=copies)
+        self.step_g()
+        self.models["G"].weight.grad.fill_(math.inf)
+        assert monitor.update().inf_grad_count == 0
+
+
+class TestASkipThatDoesNotCome:
+    def overflow(self, **options):
+        loop = Loop(init_scale=2.0**16, **options)
+        loop.step()
+        loop.overflow = 7
+        loop.optimizer.zero_grad()
+        loop.scaler.scale(loop.model(torch.ones(2, 4)).sum()).backward()
+        assert loop.monitor.snapshot.inf_grad_count == 0
+        loop.overflow = 0
+        return loop
+
+    def test_leaves_an_overflow_that_counts_at_the_next_check(self):
+        loop = self.overflow()
+        snapshot = loop.step()  # zero_grad() came instead of step()
+        assert (snapshot.inf_grad_count, snapshot.inf.critical_checks) == (7, 1)
+        assert [(each.layer_name, each.inf_count, each.numel) for each in snapshot.layers] == [("weight", 7, 12)]
+        assert loop.step().inf_grad_count == 0
+
+    def test_leaves_an_overflow_that_counts_when_the_run_ends(self):
+        loop = self.overflow()
+        loop.optimizer.zero_grad()
+        loop.monitor.close()
+        assert loop.monitor.snapshot.inf.critical_checks == 1
+        assert loop.monitor.snapshot.recent.read(0.0).inf_max == 7
+
+    def test_leaves_an_overflow_that_was_stepped_with(self):
+        loop = self.overflow()
+        loop.optimizer.step()  # without the scaler
+        loop.overflow = 7
+        loop.scaler.scale(loop.model(torch.ones(2, 4)).sum()).backward()
+        assert loop.monitor.snapshot.inf_grad_count == 7
+
+    def test_may_come_after_any_number_of_micro_batches(self):
+        loop = self.overflow()
+        for _ in range(20):
+            loop.scaler.scale(loop.model(torch.ones(2, 4)).sum()).backward()
+            assert loop.monitor.snapshot.inf_grad_count == 0
+        loop.scaler.step(loop.optimizer)
+        loop.scaler.update()
+        snapshot = loop.step()
+        assert (snapshot.inf_grad_count, snapshot.skipped_updates["amp"]) == (0, 1)
+        loop.monitor.close()
+        assert loop.monitor.snapshot.inf.critical_checks == 0
+
+    def test_is_known_to_come_once_unscale_has_found_the_overflow(self):
+        loop = self.overflow()
+        loop.scaler.unscale_(loop.optimizer)
+        nn.utils.clip_grad_value_(loop.model.parameters(), 1.0)
+        assert loop.monitor.update().inf_grad_count == 0
+        loop.scaler.step(loop.optimizer)
+        loop.scaler.update()
+        assert loop.step().inf_grad_count == 0

@@ -125,6 +125,12 @@ WEB_CONFIG_RELOAD_FAILURES = _counter(
 OTLP_EXPORT_FAILURES = _counter(
     "esper_otlp_export_failures_total", "Pushes over OTLP that did not arrive; only OTLP shows it.", "{push}"
 )
+TRAIN_LOSS = _gauge("esper_train_loss", "Loss as the training loop told it last; NaN while it told none.")
+TRAIN_LEARNING_RATE = _gauge(
+    "esper_train_learning_rate", "Learning rate as the training loop told it last; NaN while it told none."
+)
+TRAIN_STEP = _gauge("esper_train_step", "Step as the training loop told it last; NaN while it told none.", "{step}")
+TRAIN_SAMPLES = _counter("esper_train_samples_total", "Samples that the training loop has processed.", "{sample}")
 MONITOR_ERRORS = _counter("esper_monitor_errors_total", "Checks that failed by a fault of the monitor.", "{error}")
 MONITOR_SECONDS = _counter("esper_monitor_seconds_total", "Time spent measuring in the training thread.", "s")
 RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed: no further check is to come.")

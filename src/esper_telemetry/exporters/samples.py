@@ -42,6 +42,7 @@ def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sampl
     yield from _layer_norms(snapshot)
     yield from _heads(snapshot)
     yield from _ppo(snapshot)
+    yield from _progress(snapshot)
     yield from _run(snapshot)
 
 
@@ -113,6 +114,17 @@ def _ppo(snapshot: Snapshot) -> Iterator[Sample]:
     yield Sample(metrics.PPO_APPROX_KL, (), _or_nan(ppo.approx_kl))
     yield Sample(metrics.PPO_CLIP_FRACTION, (), _or_nan(ppo.clip_fraction))
     yield Sample(metrics.PPO_EXPLAINED_VARIANCE, (), _or_nan(ppo.explained_variance))
+
+
+def _progress(snapshot: Snapshot) -> Iterator[Sample]:
+    progress = snapshot.progress
+    if progress is None:
+        return
+    yield Sample(metrics.TRAIN_LOSS, (), _or_nan(progress.loss))
+    yield Sample(metrics.TRAIN_LEARNING_RATE, (), _or_nan(progress.learning_rate))
+    yield Sample(metrics.TRAIN_STEP, (), _or_nan(progress.step))
+    if progress.samples is not None:
+        yield Sample(metrics.TRAIN_SAMPLES, (), progress.samples)
 
 
 def _run(snapshot: Snapshot) -> Iterator[Sample]:

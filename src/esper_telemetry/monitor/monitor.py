@@ -304,7 +304,7 @@ class GradientMonitor:
         try:
             self._checks.see_step(optimizer, self._gathering)
             unchecked = self._gathering.follows_passes and self._unchecked.is_so(
-                optimizer, self._checks.made, self._gathering.watched.parameters
+                optimizer, self._checks.made, self._gathering.watched
             )
         except Exception:
             self._latest.fail("an optimizer's step could not be followed")

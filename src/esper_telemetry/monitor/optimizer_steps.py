@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+from esper_telemetry.monitor.watched import Watched
 
 OnStep = Callable[[Optimizer], None]
 
@@ -41,14 +42,18 @@ class UncheckedSteps:
     def __init__(self) -> None:
         self._checks_at: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
-    def is_so(self, optimizer: Optimizer, checks: int, parameters: Callable[[], Sequence[Tensor]]) -> bool:
-        """Tell whether this optimizer is, when so many checks were made."""
-        before = self._checks_at.get(optimizer, 0)
+    def is_so(self, optimizer: Optimizer, checks: int, watched: Watched) -> bool:
+        """Tell whether this optimizer is, when so many checks were made; one that is new is if nothing ever arrived."""
+        before = self._checks_at.get(optimizer)
         self._checks_at[optimizer] = checks
-        if before != checks:
+        if before is not None and before != checks:
             return False
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return any(each.grad is not None and id(each) in own for each in parameters())
+        layers = zip(watched.parameters(), watched.tags, strict=True)
+        with_gradients = [tag for each, tag in layers if id(each) in own and each.grad is not None]
+        missed = any(before is not None or tag.thread is None for tag in with_gradients)
+        self._checks_at[optimizer] += missed  # it is checked now
+        return missed
 
 
 _followers: list[weakref.WeakMethod[OnStep]] = []

@@ -72,8 +72,7 @@ class Steps:
         self._optimizers = weakref.WeakSet(own)
         self._barred: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._any_barred = False
-        self._under_way: weakref.WeakKeyDictionary[Optimizer, _Counters] = weakref.WeakKeyDictionary()
-        self._dropped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._under_way: weakref.WeakKeyDictionary[Optimizer, list[_Counters]] = weakref.WeakKeyDictionary()
         self._on_drop = on_drop
         self._hooks = [each.register_step_pre_hook(self._begin) for each in own]
         self._hooks += [each.register_step_post_hook(self._end) for each in own]
@@ -99,31 +98,41 @@ class Steps:
         self._hooks.clear()
 
     def _begin(self, optimizer: Optimizer, *_: object) -> None:
-        self._under_way[optimizer] = _Counters(optimizer)
+        # An optimizer whose step calls that of its base class is under way twice.
+        self._under_way.setdefault(optimizer, []).append(_Counters(optimizer))
         if self._any_barred and optimizer in self._barred:
             self._drop(optimizer)
 
     def _end(self, optimizer: Optimizer, *_: object) -> None:
-        counters = self._under_way.pop(optimizer, None)
-        if optimizer in self._dropped:
-            self._dropped.discard(optimizer)
-            if counters is not None:
-                counters.restore(optimizer)
+        under_way = self._under_way.get(optimizer)
+        if not under_way:
+            return
+        counters = under_way.pop()
+        if counters.dropped:
+            counters.restore(optimizer)
+        if not under_way:
+            del self._under_way[optimizer]
 
     def _drop(self, optimizer: Optimizer) -> None:
         if getattr(optimizer, "found_inf", False):
             return  # a GradScaler told a fused optimizer to skip this step by itself
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        self._dropped.add(optimizer)
-        self._on_drop()
+        for counters in self._under_way.get(optimizer, ()):
+            counters.dropped = True
+        with_gradients = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        for parameter in with_gradients:
+            parameter.grad = None
+        if with_gradients:
+            self._on_drop()
 
 
 class _Counters:
-    """Remember what an optimizer counts in Python, which goes on without gradients too."""
+    """Remember what an optimizer counts in Python, which goes on without gradients too.
+
+    dropped: whether the step that has begun since was dropped.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self.dropped = False
         self._own = _values(vars(optimizer))
         self._groups = [(set(group), _values(group)) for group in optimizer.param_groups]
 
