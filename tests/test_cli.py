@@ -1,8 +1,11 @@
 """The `esper` command as its user runs it: a process of its own."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -14,12 +17,99 @@ from tests.snapshots import Source, fresh
 ESPER = Path(sys.executable).with_name("esper")
 
 
-def esper(*arguments):
-    return subprocess.run([ESPER, *arguments], capture_output=True, text=True, timeout=120, check=False)
+def esper(*arguments, **environment):
+    return subprocess.run(
+        [ESPER, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | environment,
+    )
 
 
-def test_it_tells_its_version():
-    assert re.fullmatch(r"esper-telemetry \d+\.\d+\.\d+\n", esper("--version").stdout)
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_it_tells_its_version(option):
+    said = esper(option)
+    assert re.fullmatch(r"esper-telemetry \d+\.\d+\.\d+\n", said.stdout)
+    assert (said.returncode, said.stderr) == (0, "")
+
+
+WHAT_IS_LOADED = """
+import sys
+from esper_telemetry.cli import main
+
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("LOADED", *({"torch", "prometheus_client", "opentelemetry"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--version", "--help", "ppo --help", "ppo --epi 3", "drill --count 0", "report gone", "--print-completion bash"],
+)
+def test_what_does_not_train_loads_no_torch(command):
+    run = subprocess.run(
+        [sys.executable, "-c", WHAT_IS_LOADED, *command.split()], capture_output=True, text=True, check=False
+    )
+    assert "LOADED" in run.stdout
+    assert run.stdout.rpartition("LOADED")[2].split() == []
+
+
+def test_help_and_version_take_no_time():
+    assert fastest(ESPER, "--version") < fastest(sys.executable, "-c", "pass") + 0.3
+    assert fastest(ESPER, "--help") < fastest(sys.executable, "-c", "pass") + 0.3
+
+
+def fastest(*command):
+    """Return how long a command takes when nothing else runs, which is the least of some tries."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_half_an_option_is_none():
+    run = esper("ppo", "--episode", "3")
+    assert (run.returncode, run.stderr) == (2, "esper: unrecognized arguments: --episode 3\n")
+
+
+COMPLETE = """
+eval "$("$0" --print-completion bash)"
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_shtab_esper 2>/dev/null
+echo "${COMPREPLY[*]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not there")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("dr", "drill"),
+        ("ppo --episo", "--episodes"),
+        ("ppo --on-critical ", "continue skip halt"),
+        ("ppo --textfile-dir /us", "/usr"),
+        ("report /etc/hostn", "/etc/hostname"),
+    ],
+)
+def test_a_shell_completes_it(typed, completed):
+    run = subprocess.run(
+        ["bash", "-c", COMPLETE, ESPER, "esper", *typed.split(" ")], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == completed
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_get_a_script_too(shell):
+    run = esper("--print-completion", shell)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--on-critical" in run.stdout
 
 
 def test_a_healthy_run_ends_at_once_with_a_summary():
@@ -30,6 +120,24 @@ def test_a_healthy_run_ends_at_once_with_a_summary():
     assert re.search(r"^update 1  episodes \d/3  reward ", run.stdout, re.MULTILINE)
     assert re.search(r"^bad checks       0$", run.stdout, re.MULTILINE)
     assert re.search(r"^measuring        0\.\d+ s, \d+\.\d% of the ", run.stdout, re.MULTILINE)
+
+
+def test_the_listen_address_may_be_spelled_as_prometheus_exporters_do():
+    run = esper("ppo", "--episodes", "1", "--web.listen-address", "127.0.0.1:0", "--linger", "0")
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"metrics at http://127\.0\.0\.1:\d+/metrics", run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RANK", "abc", "RANK: expected a whole number of at least 0, got 'abc'"),
+        ("ESPER_RUN_ID", "a\nb", r"ESPER_RUN_ID: expected no control characters, got 'a\nb'"),
+    ],
+)
+def test_an_identity_that_is_no_good_is_one_line(variable, value, message):
+    run = esper("ppo", "--listen-address", "127.0.0.1:0", **{variable: value})
+    assert (run.returncode, run.stderr) == (2, f"esper ppo: {message}\n")
 
 
 def test_halt_ends_with_3_and_says_why_after_it_waited_for_a_scrape():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ssl
 import urllib.error
 import urllib.request
@@ -10,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from esper_telemetry.exporters.urls import is_loopback
@@ -41,12 +39,9 @@ class Client:
             passwords.add_password(None, tuple(urls), login.user, _password(login.password_file))
         elif login.password_file is not None:
             raise ValueError("--password-file: expected --user beside it")
-        handlers = [
-            urllib.request.HTTPSHandler(context=_trust(login.ca_file)),
-            urllib.request.HTTPBasicAuthHandler(passwords),
-        ]
-        self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), *handlers)
-        self._by_proxy = urllib.request.build_opener(*handlers)
+        context = _trust(login.ca_file)
+        self._direct = _opener(context, passwords, urllib.request.ProxyHandler({}))
+        self._by_proxy = _opener(context, passwords)
 
     def ask(self, option: str, url: str, method: str = "GET") -> bytes:
         """Return what the server at `url`, which was given as `option`, answers; raise ValueError where it does not."""
@@ -65,15 +60,22 @@ class Client:
         except (OSError, ValueError, HTTPException) as error:
             hint = "; --ca-file names who to trust" if "CERTIFICATE_VERIFY_FAILED" in str(error) else ""
             raise ValueError(
-                f"{option}: expected the URL of a server that answers{by}, got {url!r}: {error}{hint}"
+                f"{option}: expected the URL of a server that answers{by}, got {url!r}: {_reason(error)}{hint}"
             ) from None
 
-    def ask_json(self, option: str, url: str) -> Any:
-        """Return the answer of an API."""
-        try:
-            return json.loads(self.ask(option, url))
-        except json.JSONDecodeError:
-            raise ValueError(f"{option}: expected JSON from {url}, got something else") from None
+
+def _opener(
+    context: ssl.SSLContext, passwords: urllib.request.HTTPPasswordMgr, *proxies: urllib.request.ProxyHandler
+) -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(
+        urllib.request.HTTPSHandler(context=context), urllib.request.HTTPBasicAuthHandler(passwords), *proxies
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Say what began it: `Connection refused` rather than what urllib made of it."""
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return reason.strerror or str(reason) if isinstance(reason, OSError) else str(reason) or type(error).__name__
 
 
 def _proxy(url: str) -> str | None:

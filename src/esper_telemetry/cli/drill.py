@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -135,10 +136,18 @@ def _wait(reached: Callable[[], bool], started: float, timeout: float) -> float 
 
 def _found(asked: Options, client: Client, expression: str) -> bool:
     url = f"{asked.prometheus}/api/v1/query?{urlencode({'query': expression})}"
-    answer = client.ask_json("--prometheus", url)
-    return bool(isinstance(answer, dict) and answer.get("data", {}).get("result"))
+    try:
+        return bool(json.loads(client.ask("--prometheus", url))["data"]["result"])
+    except (json.JSONDecodeError, LookupError, TypeError):
+        raise ValueError(f"--prometheus: expected the answer of a Prometheus from {url}, got something else") from None
 
 
 def _taken(asked: Options, client: Client, labels: str) -> bool:
     filters = urlencode([("filter", label) for label in labels.split(",")])
-    return bool(client.ask_json("--alertmanager", f"{asked.alertmanager}/api/v2/alerts?{filters}"))
+    url = f"{asked.alertmanager}/api/v2/alerts?{filters}"
+    try:
+        return bool(json.loads(client.ask("--alertmanager", url)))
+    except json.JSONDecodeError:
+        raise ValueError(
+            f"--alertmanager: expected the answer of an Alertmanager from {url}, got something else"
+        ) from None

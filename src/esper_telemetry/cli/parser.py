@@ -31,7 +31,8 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
 
-        parser.exit(message=f"esper-telemetry {version('esper-telemetry')}\n")
+        print(f"esper-telemetry {version('esper-telemetry')}")
+        parser.exit()
 
 
 class Completion(argparse.Action):
@@ -46,7 +47,8 @@ class Completion(argparse.Action):
         for action in _actions(parser):
             if action.metavar in known:
                 action.complete = known[str(action.metavar)]  # type: ignore[attr-defined]
-        parser.exit(message=shtab.complete(parser, str(shell)))
+        print(shtab.complete(parser, str(shell)))
+        parser.exit()
 
 
 def whole(text: str) -> int:
