@@ -2,6 +2,7 @@
 # ruff: noqa: E402 - what is skipped is not imported
 
 import contextlib
+import itertools
 import math
 import os
 import subprocess
@@ -20,12 +21,14 @@ pytest.importorskip("triton", reason="no Triton: the CUDA kernel was not tested 
 from esper_telemetry import GradientMonitor, watch
 from esper_telemetry.scan import cuda, describe
 from esper_telemetry.scan.cpu import scan_cpu
-from esper_telemetry.scan.cuda import CudaScanner
+from esper_telemetry.scan.cuda import CudaScanner, Tuning
 from esper_telemetry.scan.triton_kernel import CHUNK, RECORD, add_up_layers
 from tests.gradients import REAL, expected_counts, gradients, lay_out
 
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 TILE = 4096
+
+TUNINGS = [Tuning(), Tuning(fused=False, rows=128), Tuning(chunk=1 << 13, programs=2, width=4)]
 
 on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: what streams, events and allocations do did not run")
 
@@ -94,6 +97,25 @@ def test_every_element_is_looked_at_once(dtype, numel, offset):
     for place in {0, numel // 2, numel - 1} if numel else ():
         gradient.fill_(1.0)[place] = -math.inf
         assert CudaScanner().launch([gradient]).result().bad == {0: (1, 0)}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+def test_gradients_that_begin_anywhere_are_counted_exactly(tuning):
+    generator = torch.Generator().manual_seed(0)
+    for dtype, offset in itertools.product(REAL, range(9)):
+        memory = torch.full((5 * CHUNK + 99,), math.nan, dtype=dtype)
+        given_gradients = []
+        for numel in (0, 1, 7, 15, 16, 17, 4000, CHUNK + 3, 3 * CHUNK - 1):
+            memory[offset : offset + numel].normal_(generator=generator)
+            given_gradients.append(memory[offset : offset + numel].to(DEVICE))
+            memory = memory.clone()
+        scanner = CudaScanner(tuning)
+        assert scanner.launch(given_gradients).result().bad == {}
+        for gradient in given_gradients[1:]:
+            places = torch.randint(gradient.numel(), (2, 5), generator=generator)
+            gradient[places[0]], gradient[places[1]] = math.inf, math.nan
+        found = scanner.launch(given_gradients).result()
+        assert found.bad == {place: expected_counts(each) for place, each in enumerate(given_gradients) if each.numel()}
 
 
 def test_many_layers_of_mixed_dtypes_keep_their_places():
@@ -198,6 +220,7 @@ compile(ASTSource(add_up_layers, table, dict(WIDTH=512)), target=target)
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
+@pytest.mark.gpu
 @on_gpu
 class TestOnAGpu:
     @pytest.fixture

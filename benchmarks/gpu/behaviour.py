@@ -105,25 +105,24 @@ def _allocations(training: Training, steps: int) -> dict[str, object]:
     with_monitor = _allocated(training, steps)
     monitor.close()
     return {
-        "device_allocations_per_step": (with_monitor[0] - without[0]) / steps,
-        "pinned_allocations_per_step": (with_monitor[1] - without[1]) / steps,
+        f"{memory}_allocations_per_step": (with_monitor[memory] - count) / steps for memory, count in without.items()
     }
 
 
-def _allocated(training: Training, steps: int) -> tuple[int, int]:
-    """Return how often memory of the device, and pinned memory of the host, was asked for."""
+def _allocated(training: Training, steps: int) -> dict[str, int]:
+    """Return how often memory of the device, and pinned memory of the host where torch counts it, was asked for."""
 
-    def now() -> tuple[int, int]:
+    def now() -> dict[str, int]:
+        counts = {"device": torch.cuda.memory_stats()["allocation.all.allocated"]}
         pinned = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
-        device = torch.cuda.memory_stats()["allocation.all.allocated"]
-        return device, pinned.get("allocation.all.allocated", pinned.get("allocations.allocated", 0))
+        names = [name for name in ("allocations.allocated", "allocation.all.allocated") if name in pinned]
+        return counts | {"pinned": pinned[name] for name in names[:1]}
 
     before = now()
     for _ in range(steps):
         training.step()
     torch.cuda.synchronize()
-    after = now()
-    return after[0] - before[0], after[1] - before[1]
+    return {memory: count - before[memory] for memory, count in now().items()}
 
 
 def _streams(device: torch.device, launch: Launch) -> dict[str, object]:

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from benchmarks.gpu.contenders import Launch, contenders
 from benchmarks.gpu.clock import take_turns
+from benchmarks.gpu.contenders import Launch, contenders
 from benchmarks.gpu.models import Model
 from esper_telemetry.scan import Scan
 

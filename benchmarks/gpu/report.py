@@ -127,7 +127,9 @@ def _plain_table(rows: Sequence[Sequence[str]]) -> str:
         return ""
     columns = max(map(len, rows))
     widths = [max(len(row[column]) for row in rows if len(row) == columns) for column in range(columns)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
+    )
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

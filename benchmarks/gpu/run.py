@@ -23,7 +23,7 @@ from benchmarks.gpu.models import MODELS, Model
 from benchmarks.gpu.rehearsal import stand_ins
 from benchmarks.gpu.report import markdown, text
 from benchmarks.gpu.step import TINY, Size, measure_step
-from benchmarks.gpu.variants import measure_host_parts, measure_variants, variants
+from benchmarks.gpu.variants import OF_SMALL_MODELS, measure_host_parts, measure_variants, variants
 from esper_telemetry.scan import Scanner
 
 RESULTS, REPORT, CHART = "results.json", "GPU.md", "gpu.png"
@@ -80,10 +80,9 @@ def sections(place: Place, with_variants: bool) -> dict[str, Measure]:
     if with_variants:
         made = variants(place.processors)
         for name in _VARIANT_MODELS:
-            largest = 1 << (12 if place.rehearsal else 21)
-            found[f"variants-{name}"] = partial(
-                measure_variants, place.model(name), made, place.device, 12 * seconds, largest
-            )
+            model, largest = place.model(name), 1 << (12 if place.rehearsal else 21)
+            some = {each: made[each] for each in (OF_SMALL_MODELS if model.bytes < place.cache else made)}
+            found[f"variants-{name}"] = partial(measure_variants, model, some, place.device, 12 * seconds, largest)
         found["host"] = partial(measure_host_parts, place.device)
     return found | {"7b-bf16": checks("7b-bf16", 15), "7b-fp32": checks("7b-fp32", 20)}
 
@@ -98,7 +97,10 @@ def run(out: Path, only: Sequence[str] | None, with_variants: bool, seconds: flo
             "machine": machine(place.device),
             "sections": {},
         }
-        for name, measure in sections(place, with_variants).items():
+        measures = sections(place, with_variants)
+        if unknown := set(only or ()) - measures.keys():
+            raise SystemExit(f"benchmarks.gpu: --only: no {', '.join(sorted(unknown))} among {', '.join(measures)}")
+        for name, measure in measures.items():
             if only is not None and name not in only:
                 continue
             if time.monotonic() - started > seconds:

@@ -18,6 +18,8 @@ from esper_telemetry.scan.cuda import CudaScanner, Tuning
 
 BEFORE = "before"
 NEW = "new"
+OF_SMALL_MODELS = (BEFORE, NEW, "two kernels", "256 rows, 4 warps", "8 programs per multiprocessor")
+"""Those that can differ where the host takes longer than the device."""
 
 
 def variants(processors: int) -> dict[str, Callable[[], Launch]]:
@@ -28,6 +30,8 @@ def variants(processors: int) -> dict[str, Callable[[], Launch]]:
         "squares alone": Tuning(tallies=False),  # no dead and exploding layers: what these two counts cost
         "4 programs per multiprocessor": Tuning(programs=4 * processors),
         "8 programs per multiprocessor": Tuning(programs=8 * processors),
+        "64 registers": Tuning(registers=64),
+        "48 registers": Tuning(registers=48),
         "40 registers": Tuning(registers=40),
         "32 registers": Tuning(registers=32),
         "chunks of 2^14": Tuning(chunk=1 << 14),
@@ -42,6 +46,7 @@ def variants(processors: int) -> dict[str, Callable[[], Launch]]:
         "two kernels, chunks of 2^16": Tuning(fused=False, chunk=1 << 16),
         "two kernels, 1024 rows": Tuning(fused=False, rows=1024),
         "two kernels, 256 rows": Tuning(fused=False, rows=256),
+        "two kernels, 40 registers": Tuning(fused=False, registers=40),
     }
     made: dict[str, Callable[[], Launch]] = {BEFORE: lambda: ScannerBefore().launch}
     return made | {name: lambda tuning=tuning: CudaScanner(tuning).launch for name, tuning in tunings.items()}

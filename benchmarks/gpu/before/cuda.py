@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from triton import language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+from benchmarks.gpu.before.triton_kernel import CHUNK, RECORD, add_up_layers, count_chunks
 from esper_telemetry.health import DEAD_ZERO_FRACTION, EXPLODING_LARGE_FRACTION
 from esper_telemetry.scan.layouts import flats, local_numel, materialize
 from esper_telemetry.scan.result import Scan
-from benchmarks.gpu.before.triton_kernel import CHUNK, RECORD, add_up_layers, count_chunks
 
 _DTYPES = {
     torch.float64: tl.float64,
