@@ -27,7 +27,7 @@ esac
 """
 DPKG = """#!/bin/sh
 mkdir -p "$3/usr/bin"
-for name in prometheus ${PROMTOOL-promtool} prometheus-alertmanager amtool prometheus-node-exporter; do
+for name in prometheus ${PROMTOOL-promtool} prometheus-alertmanager amtool prometheus-node-exporter vmalert; do
     printf '#!/bin/sh\\n' > "$3/usr/bin/$name"; chmod +x "$3/usr/bin/$name"
 done
 """
@@ -63,7 +63,13 @@ def debian(bare: Path) -> Path:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_program_is_there_and_runs(name: str) -> None:
-    subprocess.run([find(name), "--version"], check=True, capture_output=True)
+    try:
+        program = find(name)
+    except ServerNotFound as error:
+        if not PROGRAMS[name].optional:
+            raise
+        pytest.skip(str(error))
+    subprocess.run([program, "--version"], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +97,25 @@ def test_a_failed_download_is_one_line_with_the_reason(debian: Path, bare: Path)
 def test_empty_package_lists_are_filled_privately(debian: Path) -> None:
     assert find("promtool").is_relative_to(servers.cache_folder())
     assert ["update" in call for call in debian.read_text().splitlines()] == [False, True, False]
+
+
+def test_a_program_of_a_later_release_is_fetched_from_there_at_once(debian: Path) -> None:
+    assert find("vmalert").is_relative_to(servers.cache_folder() / "victoria-metrics")
+    update, download = debian.read_text().splitlines()
+    assert ("update" in update, "download victoria-metrics" in download) == (True, True)
+    assert "Dir::Etc::SourceParts=/dev/null" in update
+
+
+def test_what_is_optional_and_cannot_be_had_is_one_line_and_no_failure(
+    debian: Path, bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    executable(bare / "apt-get", APT_GET.replace("*update*) exit 0", "*SourceParts*) exit 100"))
+    for name in ("prometheus", "promtool", "alertmanager", "amtool", "node_exporter"):
+        executable(bare / name)
+    assert servers.main() == 0
+    out, error = capsys.readouterr()
+    assert out.count("\n") == 5
+    assert error == "vmalert: not on PATH, and apt-get failed (no output); install vmalert\n"
 
 
 def test_a_program_that_moved_to_a_package_of_its_own_is_fetched_from_there(
@@ -129,7 +154,7 @@ def test_two_processes_at_once_fetch_once(debian: Path) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0] == outputs[1]
-    assert debian.read_text().count("update") == 3, "one download for each of the three packages"
+    assert debian.read_text().count("update") == 4, "one download for each of the four packages"
 
 
 def test_the_command_prints_one_line_for_what_is_missing(bare: Path) -> None:

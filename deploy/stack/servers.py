@@ -26,6 +26,7 @@ START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 FETCH_SECONDS = 600.0
 _HOST = "127.0.0.1"
+_DEBIAN_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _TEMPLATES = b"/usr/share/prometheus/alertmanager"
 _PORTS = range(20000, 32768)  # below the ephemeral ports, which any outgoing connection may take meanwhile
 
@@ -41,6 +42,9 @@ class ServerFailed(RuntimeError):
 class _Program(NamedTuple):
     packages: tuple[str, ...]  # of Debian, the likeliest first
     names: tuple[str, ...]  # upstream's name and Debian's, as found on PATH
+    home: str = "https://prometheus.io/download/"
+    release: str | None = None  # of Debian, where the machine's own may have one that is too old
+    optional: bool = False
 
 
 PROGRAMS = {
@@ -49,6 +53,9 @@ PROGRAMS = {
     "alertmanager": _Program(("prometheus-alertmanager",), ("alertmanager", "prometheus-alertmanager")),
     "amtool": _Program(("prometheus-alertmanager",), ("amtool",)),
     "node_exporter": _Program(("prometheus-node-exporter",), ("node_exporter", "prometheus-node-exporter")),
+    "vmalert": _Program(  # from 1.90 on, it knows keep_firing_for
+        ("victoria-metrics",), ("vmalert",), "https://docs.victoriametrics.com/vmalert/", "trixie", optional=True
+    ),
 }
 
 
@@ -75,13 +82,13 @@ def _unpacked(program: _Program) -> Path | None:
 
 def _fetch(name: str, program: _Program) -> Path:
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise ServerNotFound(f"{name}: not on PATH; install it from https://prometheus.io/download/ and try again")
+        raise ServerNotFound(f"{name}: not on PATH; install it from {program.home} and try again")
     with _lock(cache_folder()):
         for package in program.packages:
             if found := _unpacked(program):  # another process was faster, or an earlier package held it
                 return found
             if not (cache_folder() / package / "usr" / "bin").exists():
-                _install(name, package, cache_folder() / package)
+                _install(name, package, cache_folder() / package, program.release)
     if found := _unpacked(program):
         return found
     raise ServerNotFound(f"{name}: not in Debian's {' and '.join(program.packages)}; install it and put it on PATH")
@@ -95,9 +102,9 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _install(name: str, package: str, folder: Path) -> None:
+def _install(name: str, package: str, folder: Path, release: str | None) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        archive = _download(name, package, Path(scratch))
+        archive = _download(name, package, Path(scratch), release)
         _run(name, "dpkg", "-x", str(archive), f"{scratch}/root", folder=Path(scratch))
         _relocate_alertmanager(Path(scratch, "root"))
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,18 +127,31 @@ def _relocate_alertmanager(root: Path) -> None:
     script.chmod(0o755)
 
 
-def _download(name: str, package: str, scratch: Path) -> Path:
-    """Download with the machine's package lists, or with private ones where it has none."""
+def _download(name: str, package: str, scratch: Path, release: str | None) -> Path:
+    """Download with the machine's package lists, or with private ones where it has none, or none of that release."""
     as_user = ("-q", "-o", "APT::Sandbox::User=root")  # apt's own user cannot write to our folder
-    try:
-        _run(name, "apt-get", *as_user, "download", package, folder=scratch)
-    except ServerNotFound:
-        private = (*as_user, "-o", f"Dir::State::Lists={scratch}/lists", "-o", f"Dir::Cache={scratch}/cache")
-        (scratch / "lists" / "partial").mkdir(parents=True)
-        (scratch / "cache" / "archives" / "partial").mkdir(parents=True)
-        _run(name, "apt-get", *private, "update", folder=scratch)
-        _run(name, "apt-get", *private, "download", package, folder=scratch)
+    if release is None:
+        try:
+            _run(name, "apt-get", *as_user, "download", package, folder=scratch)
+            return next(scratch.glob("*.deb"))
+        except ServerNotFound:
+            pass
+    private = (*as_user, *_private_lists(scratch, release))
+    _run(name, "apt-get", *private, "update", folder=scratch)
+    _run(name, "apt-get", *private, "download", package, folder=scratch)
     return next(scratch.glob("*.deb"))
+
+
+def _private_lists(scratch: Path, release: str | None) -> list[str]:
+    """Return the options with which apt keeps lists of its own, of the machine's sources or of another release."""
+    (scratch / "lists" / "partial").mkdir(parents=True)
+    (scratch / "cache" / "archives" / "partial").mkdir(parents=True)
+    settings = [f"Dir::State::Lists={scratch}/lists", f"Dir::Cache={scratch}/cache"]
+    if release is not None:
+        sources = scratch / "sources.list"
+        sources.write_text(f"deb [signed-by={_DEBIAN_KEYS}] http://deb.debian.org/debian {release} main\n")
+        settings += [f"Dir::Etc::SourceList={sources}", "Dir::Etc::SourceParts=/dev/null"]
+    return [option for setting in settings for option in ("-o", setting)]
 
 
 def _run(name: str, *command: str, folder: Path) -> None:
@@ -280,12 +300,13 @@ def node_exporter(textfile_folder: Path, folder: Path, *arguments: str, port: in
 
 def main() -> int:
     """Fetch what is missing; print each program's path, or one line that says what to install."""
-    try:
-        for name in PROGRAMS:
+    for name, program in PROGRAMS.items():
+        try:
             print(f"{name:<14} {find(name)}", flush=True)
-    except ServerNotFound as error:
-        print(error, file=sys.stderr)
-        return 1
+        except ServerNotFound as error:
+            print(error, file=sys.stderr)
+            if not program.optional:
+                return 1
     return 0
 
 

@@ -12,10 +12,10 @@ from deploy.stack import configs, servers
 from deploy.stack.pager import Pager
 
 # The shipped windows, in proportion, so that an all-clear takes seconds.
-WINDOWS = {"10s": "1s", "3m10s": "10s", "3m": "9s", "5m": "15s"}
+WINDOWS = {"30s": "1s", "10s": "1s", "1m": "6s", "1m10s": "7s", "2m": "8s", "3m": "12s", "5m": "15s"}
 
-# The rest of them, for what has to stay silent past the longest. A minute of scrapes is twelve: `for: 1m` is kept long.
-LONG_WINDOWS = WINDOWS | {"1m": "6s", "10m": "30s", "15m": "45s", "1h": "60s", "1d": "60s"}
+# The rest of them, for what has to stay silent past the longest.
+LONG_WINDOWS = WINDOWS | {"10m": "30s", "15m": "45s", "1h": "60s", "1d": "60s"}
 
 
 class Stack:
