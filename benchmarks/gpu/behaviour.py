@@ -115,8 +115,9 @@ def _allocated(training: Training, steps: int) -> dict[str, int]:
     def now() -> dict[str, int]:
         counts = {"device": torch.cuda.memory_stats()["allocation.all.allocated"]}
         pinned = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
-        names = [name for name in ("allocations.allocated", "allocation.all.allocated") if name in pinned]
-        return counts | {"pinned": pinned[name] for name in names[:1]}
+        if "allocations.allocated" in pinned:
+            counts["pinned"] = pinned["allocations.allocated"]
+        return counts
 
     before = now()
     for _ in range(steps):

@@ -15,6 +15,7 @@ import torch
 
 _CYCLES_PER_SECOND = 2e9  # of any GPU at most about that; sleeping longer than needed does no harm
 _LONGEST_SLEEP = 0.2
+_MOST_CALLS = 20  # of some dozen kernels each: a device takes about a thousand before the host has to wait
 
 
 class Contender(Protocol):
@@ -92,7 +93,7 @@ def _calls(contender: Contender, sample_seconds: float) -> tuple[int, float]:
     torch.cuda.synchronize()
     contender.finish()
     elapsed = time.perf_counter() - started
-    return max(1, min(50, math.ceil(sample_seconds / elapsed), math.ceil(_LONGEST_SLEEP / 2 / host))), host
+    return max(1, min(_MOST_CALLS, math.ceil(sample_seconds / elapsed), math.ceil(_LONGEST_SLEEP / 2 / host))), host
 
 
 def _sample(contender: Contender, calls: int, host: float, samples: Samples) -> None:
