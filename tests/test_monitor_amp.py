@@ -342,9 +342,9 @@ class TestOnCritical:
         assert copy.deepcopy(loop.scaler).get_scale() == loop.scaler.get_scale() == 2.0**8
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: following a scaler on one did not run")
 def test_following_reads_no_more_from_a_device_than_the_scaler_does():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: whether following a scaler waits for one did not run")
     model = nn.Linear(4, 3, device="cuda")
     scaler = GradScaler("cuda", init_scale=1024.0)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # never reads from the device itself

@@ -53,6 +53,6 @@ def stand_ins() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for module in (cuda, cuda_before):
             stack.enter_context(mock.patch.object(module, "_pinned", _memory))
-        for name, answer in {"_on_cpu": False, "_suits_kernel": True, "_kernel_works": True}.items():
+        for name, answer in {"_on_cpu": False, "_suit_kernel": True, "_kernel_works": True}.items():
             stack.enter_context(mock.patch.object(dispatch, name, return_value=answer))
         yield

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("esper_telemetry")
 
 _IS_CPU = attrgetter("is_cpu")
+_IS_CUDA = attrgetter("is_cuda")
+_DTYPE = attrgetter("dtype")
 
 
 def scan(gradients: Sequence[Tensor | None]) -> Scan:
@@ -45,7 +47,7 @@ class Scanner:
             return scan_cpu(gradients)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("gradients cannot be measured while a CUDA graph is captured")
-        if not all(gradient is None or _suits_kernel(gradient) for gradient in gradients) or not _kernel_works():
+        if not _suit_kernel(gradients) or not _kernel_works():
             return scan_device(gradients)
         if self._cuda is None:
             from esper_telemetry.scan.cuda import CudaScanner
@@ -58,8 +60,9 @@ def _on_cpu(gradients: Sequence[Tensor | None]) -> bool:
     return all(map(_IS_CPU, [gradient for gradient in gradients if gradient is not None]))
 
 
-def _suits_kernel(gradient: Tensor) -> bool:
-    return gradient.is_cuda and gradient.dtype.is_floating_point
+def _suit_kernel(gradients: Sequence[Tensor | None]) -> bool:
+    present = [gradient for gradient in gradients if gradient is not None]
+    return all(map(_IS_CUDA, present)) and all(dtype.is_floating_point for dtype in set(map(_DTYPE, present)))
 
 
 @cache
