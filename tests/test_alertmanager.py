@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
+import yaml
 
 from deploy.stack import configs, servers
 from deploy.stack.pager import Pager
@@ -19,6 +23,7 @@ INF = {"alertname": "EsperInfGradients", "job": "esper", "instance": "gpu1:19301
 CRITICAL = {**INF, "severity": "critical"}
 WARNING = {**INF, "severity": "warning"}
 DRILL = {"drill": "true"}
+PAGERDUTY = "https://events.pagerduty.com/v2/enqueue"
 TEXTFILE = {"job": "node", "instance": "gpu1:9100", "via": "textfile", "run_id": "b1946ac9"}
 
 
@@ -38,6 +43,21 @@ def test_the_rendered_file_is_valid_and_differs_in_addresses_and_times_alone(tmp
     changed = {old.split(":")[0].strip(" -#") for old, new in pairs if old != new and not old.startswith("#")}
     expected = {"pagerduty_url", "group_wait", "group_interval", "url", "credentials_file"}
     assert changed == expected | {"routing_key_file", "api_url_file"}
+
+
+def test_the_templates_stand_beside_the_file_that_names_them(tmp_path: Path) -> None:
+    assert yaml.safe_load(CONFIG.read_text())["templates"] == [configs.TEMPLATES.name]
+    rendered = configs.alertmanager_config(tmp_path, "http://127.0.0.1:1")
+    assert rendered.with_name(configs.TEMPLATES.name).read_text() == configs.TEMPLATES.read_text()
+    assert "1 templates" in amtool("check-config", str(rendered)).stdout
+
+
+@pytest.mark.parametrize("file", [CONFIG, configs.TEMPLATES], ids=lambda file: file.name)
+def test_every_link_is_one_that_is_set_at_installation(file: Path) -> None:
+    addresses = yaml.safe_load((CONFIG.parents[1] / "addresses.yml").read_text())
+    links = {word for word in file.read_text().split() if word.startswith("https://")}
+    assert {link.partition("/#")[0] for link in links} <= {addresses["alertmanager"], PAGERDUTY}
+    assert "localhost" not in file.read_text()
 
 
 def test_an_address_that_the_file_no_longer_holds_is_an_error() -> None:
@@ -75,7 +95,7 @@ class Alertmanager:
         body = [
             {
                 "labels": labels,
-                "annotations": {"summary": f"summary of {labels['alertname']}", "description": "what to do"},
+                "annotations": annotations(labels),
                 "startsAt": utc(now - 5),
                 "endsAt": utc(now - 1 if ended else now + 600),
             }
@@ -87,6 +107,15 @@ class Alertmanager:
     def inhibited(self, run: str) -> list[dict[str, str]]:
         with urllib.request.urlopen(f"{self.url}?filter=run={run}", timeout=5) as answer:
             return [alert["labels"] for alert in json.load(answer) if alert["status"]["inhibitedBy"]]
+
+
+def annotations(labels: dict[str, str]) -> dict[str, str]:
+    return {
+        "summary": f"summary of {labels['alertname']} {labels.get('instance')}",
+        "description": f"what to do with {labels.get('run', '')}",
+        "runbook_url": f"https://runbooks.example.com/{labels['alertname']}.md",
+        "dashboard_url": "https://grafana.example.com/d/esper",
+    }
 
 
 def utc(seconds: float) -> str:
@@ -132,7 +161,7 @@ def test_a_critical_alert_is_one_page_everywhere_and_later_an_all_clear(
     assert eventually(lambda: [page["status"] for page in pager.pages(run="one")] == ["firing", "resolved"])
     pagers = [body for path, body, _ in pager.notices if path == "/pagerduty"]
     assert [body["event_action"] for body in pagers] == ["trigger", "resolve"]
-    assert pagers[0]["payload"]["summary"] == "summary of EsperInfGradients"
+    assert pagers[0]["payload"]["summary"] == "summary of EsperInfGradients gpu1:19301"
     assert pagers[0]["payload"]["severity"] == "critical"
 
 
@@ -143,6 +172,63 @@ def test_one_run_is_one_page_and_two_runs_are_two(alertmanager: Alertmanager, pa
     )
     assert eventually(lambda: bool(pager.pages(run="many") and pager.pages(run="other")))
     assert [len(page["alerts"]) for page in pager.pages(run="many") + pager.pages(run="other")] == [9, 1]
+
+
+def told(pager: Pager, path: str, run: str) -> list[dict[str, Any]]:
+    """Return what PagerDuty or Slack was told of a run."""
+    return [body for told, body, _ in list(pager.notices) if told == path and run in html.unescape(str(body))]
+
+
+def test_of_many_ranks_the_page_names_three_and_says_how_many_more_there_are(
+    alertmanager: Alertmanager, pager: Pager
+) -> None:
+    ranks = [{**CRITICAL, "instance": f"gpu{rank:03}:19301", "run": "several"} for rank in range(128)]
+    alertmanager.fire(*ranks)
+    assert eventually(lambda: bool(told(pager, "/pagerduty", "several")))
+    page = told(pager, "/pagerduty", "several")[0]
+    three = [f"summary of EsperInfGradients gpu00{rank}:19301" for rank in range(3)]
+    assert page["payload"]["summary"] == f"{'; '.join(three)} and 125 more"
+    assert page["payload"]["custom_details"]["firing"].endswith("EsperInfGradients.md and 125 more")
+    assert {link["text"]: link["href"] for link in page["links"]} == {
+        "Runbook": "https://runbooks.example.com/EsperInfGradients.md",
+        "Dashboard": "https://grafana.example.com/d/esper",
+    }
+    alertmanager.fire(*ranks[:126], ended=True)
+    assert eventually(lambda: len(told(pager, "/pagerduty", "several")) == 2)
+    page = told(pager, "/pagerduty", "several")[1]
+    still, over = (f"summary of EsperInfGradients gpu{rank}:19301" for rank in ("126", "000"))
+    assert page["event_action"] == "trigger"
+    assert page["payload"]["summary"].startswith(f"{still}; ")
+    assert page["payload"]["summary"].endswith(f"; resolved: {over} and 125 more"), "what fires comes first"
+    assert page["payload"]["custom_details"]["resolved"].endswith(" and 123 more")
+
+
+def test_in_chat_what_fires_comes_first_too_and_any_name_is_plain_text(
+    alertmanager: Alertmanager, pager: Pager
+) -> None:
+    run = 'several <b>&"lr=1e-3|bs=256"'
+    ranks = [{**WARNING, "instance": f"gpu{rank}:19301", "run": run} for rank in range(5)]
+    alertmanager.fire(*ranks)
+    assert eventually(lambda: bool(told(pager, "/slack", run)))
+    [message] = told(pager, "/slack", run)[0]["attachments"]
+    assert message["title"].startswith("[firing] summary of EsperInfGradients gpu0:19301; ")
+    assert message["title"].endswith(" and 2 more")
+    first, *_, more = message["text"].strip().splitlines()
+    assert first == (
+        'what to do with several &lt;b&gt;&amp;"lr=1e-3|bs=256" <https://runbooks.example.com/EsperInfGradients.md|runbook>'
+        " <https://grafana.example.com/d/esper|dashboard>"
+    )
+    assert more == "and 2 more"
+    address, _, asked = message["title_link"].partition("/#/alerts?filter=")
+    assert (address, unquote(asked)) == (
+        "https://alertmanager.example.com",
+        '{run="several <b>&\\"lr=1e-3|bs=256\\""}',
+    )
+    alertmanager.fire(*ranks[:4], ended=True)
+    assert eventually(lambda: len(told(pager, "/slack", run)) == 2)
+    [message] = told(pager, "/slack", run)[1]["attachments"]
+    assert message["title"].startswith("[firing] summary of EsperInfGradients gpu4:19301; resolved: ")
+    assert message["text"].endswith("\nresolved: 4\n")
 
 
 def test_a_drill_is_a_page_of_its_own_and_says_so(alertmanager: Alertmanager, pager: Pager) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ALERTMANAGER = ROOT / "deploy" / "alertmanager" / "alertmanager.yml"
+TEMPLATES = ALERTMANAGER.with_name("esper.tmpl")
 PROMETHEUS = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 RULES = ROOT / "alerts" / "rules.yml"
 
@@ -27,6 +28,8 @@ def alertmanager_config(
 ) -> Path:
     """Write the Alertmanager configuration with every receiver at one URL: /page, /pagerduty, /slack and /alive.
 
+    Its templates are written beside it.
+
     The webhook carries `Authorization: Bearer <token>`.
     """
     secrets = folder / "secrets"
@@ -43,6 +46,7 @@ def alertmanager_config(
             "group_interval: 1m": f"group_interval: {group_interval}",
         },
     )
+    _write(folder / TEMPLATES.name, TEMPLATES.read_text())
     return _write(folder / "alertmanager.yml", text)
 
 
