@@ -1,14 +1,15 @@
 """An OTLP receiver that keeps what it was sent, and shows it to Prometheus as a collector would."""
 
-import gzip
 import re
 import ssl
 import threading
+import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_DELTA
 
 
 class Point(NamedTuple):
@@ -22,6 +23,7 @@ class Point(NamedTuple):
     value: int | float
     start: int
     time: int
+    delta: bool
 
 
 class Push(NamedTuple):
@@ -31,6 +33,15 @@ class Push(NamedTuple):
     headers: dict
     resource: dict
     points: list
+
+    @property
+    def time(self):
+        """Return when it was made."""
+        return self.points[0].time
+
+    def shows(self, name):
+        """Tell whether there is a point of that name."""
+        return any(point.name == name for point in self.points)
 
     def value(self, name, **labels):
         """Return the value of the one point of that name with these labels."""
@@ -56,11 +67,13 @@ class Receiver:
     """Listen while the `with` block lasts. POSTs are kept, oldest first; GET shows the last of each instance.
 
     `answers` are statuses for the next pushes, which are not kept if refused; after that every one is accepted.
+    `seconds` is how long an answer takes. As somebody's proxy it takes what is meant for others, and tunnels nothing.
     """
 
     def __init__(self, port=0, tls=None):
         self.pushes = []
         self.answers = []
+        self.seconds = 0.0
         self._changed = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         if tls is not None:
@@ -106,7 +119,11 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 status = receiver._accept(_decode(self.path, headers, body))
+                time.sleep(receiver.seconds)
                 self._answer(status, b"", "application/x-protobuf")
+
+            def do_CONNECT(self):
+                self._answer(403, b"", "text/plain")
 
             def do_GET(self):
                 self._answer(200, receiver.page().encode(), "text/plain; version=0.0.4")
@@ -151,8 +168,8 @@ def server_tls(certificate, key, client_ca=None):
 
 
 def _decode(path, headers, body):
-    if headers.get("content-encoding") == "gzip":
-        body = gzip.decompress(body)
+    if headers.get("content-encoding") in ("gzip", "deflate"):
+        body = zlib.decompress(body, wbits=zlib.MAX_WBITS | 32)
     request = ExportMetricsServiceRequest.FromString(body)
     (resource,) = request.resource_metrics
     (scope,) = resource.scope_metrics
@@ -164,7 +181,6 @@ def _points(metric):
     data = getattr(metric, metric.WhichOneof("data"))
     if metric.HasField("sum"):
         assert data.is_monotonic
-        assert data.aggregation_temporality == AGGREGATION_TEMPORALITY_CUMULATIVE
     for point in data.data_points:
         yield Point(
             metric.name,
@@ -175,6 +191,7 @@ def _points(metric):
             getattr(point, point.WhichOneof("value")),
             point.start_time_unix_nano,
             point.time_unix_nano,
+            metric.HasField("sum") and data.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA,
         )
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,12 @@ class Run(Source):
 @pytest.fixture(autouse=True)
 def environ(monkeypatch):
     """Begin without a variable of the user's, and with pushes that something causes and no others."""
-    for name in [name for name in os.environ if name.startswith("OTEL_") or name.endswith("_CA_BUNDLE")]:
-        monkeypatch.delenv(name)
+    for name in os.environ:
+        if name.startswith("OTEL_") or name.endswith("_CA_BUNDLE") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", HOUR)
-    return monkeypatch
+    yield monkeypatch
+    logging.getLogger("esper_telemetry.otlp").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -177,6 +180,15 @@ def test_the_interval_is_honoured(receiver, run, environ):
         receiver.wait(lambda push: push.value("esper.checks") == 2)
 
 
+def test_the_interval_is_from_the_start_of_a_push_to_the_next(receiver, run, environ):
+    environ.setenv("OTEL_METRIC_EXPORT_INTERVAL", "400")
+    receiver.seconds = 0.3
+    with closing(start_otlp(run, receiver.url)):
+        receiver.wait(lambda push: len(receiver.pushes) == 4)
+    times = [push.points[0].time / 1e9 for push in receiver.pushes[:4]]
+    assert times[3] - times[0] < 3 * 0.55
+
+
 def test_a_series_that_is_gone_is_nan_once(receiver, run):
     run.check(bad())
     with closing(start_otlp(run, receiver.url)):
@@ -201,13 +213,158 @@ def test_the_last_state_is_pushed_at_close(receiver, run):
     assert receiver.pushes[-1] is last
 
 
-def test_headers_compression_and_path(receiver, environ):
-    environ.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20abc,x-team=ml")
-    environ.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+@pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_METRICS_HEADERS"])
+def test_headers_are_sent(receiver, environ, variable):
+    environ.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-team=not-this")
+    environ.setenv(variable, " authorization = Bearer%20abc== , X-Team=ml,")
     push = pushed(receiver, fresh())
-    assert (push.headers["authorization"], push.headers["x-team"]) == ("Bearer abc", "ml")
-    assert (push.headers["content-encoding"], push.headers["content-type"]) == ("gzip", "application/x-protobuf")
-    assert push.path == "/v1/metrics"
+    assert (push.headers["authorization"], push.headers["x-team"]) == ("Bearer abc==", "ml")
+    assert (push.path, push.headers["content-type"]) == ("/v1/metrics", "application/x-protobuf")
+
+
+@pytest.mark.parametrize("text", ["secret", "a b=secret", "=secret", "a=secret%0Ab: c", "a=secret,secret"])
+def test_a_header_that_is_none_is_said_and_not_shown(run, environ, text):
+    environ.setenv("OTEL_EXPORTER_OTLP_HEADERS", text)
+    with pytest.raises(ValueError, match="OTEL_EXPORTER_OTLP_HEADERS: expected key=value,key=value, got") as error:
+        start_otlp(run)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("all_signals", "of_metrics", "encoding"),
+    [
+        ("gzip", "", "gzip"),
+        ("GZIP", "", "gzip"),
+        ("deflate", "", "deflate"),
+        ("none", "gzip", "gzip"),
+        ("gzip", "none", None),
+        ("", "", None),
+    ],
+)
+def test_compression_is_as_the_environment_says(receiver, environ, all_signals, of_metrics, encoding):
+    environ.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", all_signals)
+    environ.setenv("OTEL_EXPORTER_OTLP_METRICS_COMPRESSION", of_metrics)
+    push = pushed(receiver, bad())
+    assert push.headers.get("content-encoding") == encoding
+    assert push.value("esper.inf_grad_count") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("OTEL_SDK_DISABLED", "True", "OTEL_SDK_DISABLED is true"),
+        ("OTEL_METRICS_EXPORTER", "none", "OTEL_METRICS_EXPORTER is none"),
+        ("OTEL_METRICS_EXPORTER", "console, prometheus", "OTEL_METRICS_EXPORTER is console,prometheus"),
+    ],
+)
+def test_where_the_environment_is_against_it_nothing_is_pushed(receiver, run, environ, caplog, name, value, reason):
+    environ.setenv(name, value)
+    exporter = start_otlp(run, receiver.url)
+    run.check(bad())
+    exporter.close()
+    assert (receiver.pushes, run.listeners, exporter.failures) == ([], [], 0)
+    assert caplog.messages == [f"esper: nothing is pushed to {receiver.url}/v1/metrics: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("OTEL_SDK_DISABLED", "yes", "expected true or false; 'yes' is ignored"),
+        ("OTEL_METRICS_EXPORTER", "zipkin", "expected otlp or prometheus or console or none; 'zipkin' is ignored"),
+        ("OTEL_METRICS_EXPORTER", "otlp,console", "esper pushes over OTLP, and prints nothing to the console"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", "expected gzip or deflate or none; 'zstd' is ignored"),
+        (
+            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
+            "mixed",
+            "expected cumulative or delta or lowmemory; 'mixed' is ignored",
+        ),
+        (
+            "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",
+            "some",
+            "expected explicit_bucket_histogram or base2_exponential_bucket_histogram; 'some' is ignored",
+        ),
+        ("OTEL_METRICS_EXEMPLAR_FILTER", "all", "expected always_on or always_off or trace_based; 'all' is ignored"),
+        ("OTEL_METRICS_EXEMPLAR_FILTER", "always_on", "what esper pushes has no exemplars"),
+        ("OTEL_LOG_LEVEL", "loud", "expected debug or info or warn or error or none; 'loud' is ignored"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "team", "Invalid key value resource attribute pair team: "),
+        ("OTEL_CONFIG_FILE", "otel.yaml", " is not read; the other variables hold"),
+        ("OTEL_EXPERIMENTAL_CONFIG_FILE", "otel.yaml", " is not read; the other variables hold"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_one_line_and_it_pushes(receiver, environ, caplog, name, value, said):
+    environ.setenv(name, value)
+    assert pushed(receiver, fresh())
+    (message,) = caplog.messages
+    assert message.startswith(f"esper: {name}")
+    assert said in message
+
+
+OF_THE_EXPORTER = [
+    *("ENDPOINT", "PROTOCOL", "HEADERS", "COMPRESSION", "TIMEOUT", "INSECURE"),
+    *("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"),
+]
+ALL = [
+    *("OTEL_SDK_DISABLED", "OTEL_METRICS_EXPORTER", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SERVICE_NAME", "OTEL_LOG_LEVEL"),
+    *("OTEL_METRIC_EXPORT_INTERVAL", "OTEL_METRIC_EXPORT_TIMEOUT", "OTEL_METRICS_EXEMPLAR_FILTER", "OTEL_CONFIG_FILE"),
+    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
+    "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",
+    *(f"OTEL_EXPORTER_OTLP_{name}" for name in OF_THE_EXPORTER),
+    *(f"OTEL_EXPORTER_OTLP_METRICS_{name}" for name in OF_THE_EXPORTER),
+]
+
+
+def test_an_empty_variable_is_unset(receiver, environ, caplog):
+    for name in ALL:
+        environ.setenv(name, "")
+    assert pushed(receiver, fresh()).resource["service.name"] == "esper-telemetry"
+    assert caplog.messages == []
+
+
+def test_what_is_about_other_things_is_said_to_nobody(receiver, environ, caplog):
+    for name, value in {
+        "OTEL_METRICS_EXEMPLAR_FILTER": "trace_based",
+        "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION": "base2_exponential_bucket_histogram",
+        "OTEL_EXPORTER_OTLP_INSECURE": "false",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
+        "OTEL_ATTRIBUTE_COUNT_LIMIT": "1",
+        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "1",
+    }.items():
+        environ.setenv(name, value)
+    push = pushed(receiver, bad())
+    assert push.value("esper.layer_grad_norm", layer="policy.bias") == 0.5  # limits are of spans and logs
+    assert push.resource["service.name"] == "esper-telemetry"
+    assert caplog.messages == []
+
+
+def test_differences_where_the_environment_prefers_them(receiver, run, environ):
+    environ.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "Delta")
+    environ.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
+    run.check(bad())
+    with closing(start_otlp(run, receiver.url)):
+        receiver.wait(lambda push: push.value("esper.checks") == 40)
+        receiver.answers = [400, 400]
+        run.check(replace(bad(), checks=43))
+        receiver.wait(lambda push: push.value("esper.checks") == 3)
+        run.snapshot, readable = None, run.snapshot
+        receiver.wait(lambda push: push.value("esper.exporter_collect_errors") == 1)
+        run.snapshot = readable
+        now = time.time_ns()
+        receiver.wait(lambda push: push.time > now and push.value("esper.checks") == 0)
+    said = [push.value("esper.checks") for push in receiver.pushes if push.shows("esper.checks")]
+    assert [count for count in said if count] == [40, 3]
+    for before, push in pairwise(receiver.pushes):
+        counts = [point for point in push.points if point.type == "counter"]
+        assert {(point.start, point.delta) for point in counts} == {(before.time, True)}
+        assert not any(point.delta for point in push.points if point.type == "gauge")
+    assert receiver.pushes[-1].value("esper.inf_grad_count") == 2
+
+
+@pytest.mark.parametrize("preference", ["cumulative", "lowmemory", ""])
+def test_sums_where_it_prefers_them(receiver, environ, preference):
+    environ.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", preference)
+    start_otlp(Run(bad()), receiver.url).close()
+    assert [push.value("esper.checks") for push in receiver.pushes] == [40] * len(receiver.pushes)
+    assert not any(point.delta for push in receiver.pushes for point in push.points)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +415,9 @@ def test_an_endpoint_that_is_no_url_is_said_at_set_up(run, endpoint):
         ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/json", "expected http/protobuf, got 'http/json'"),
         ("OTEL_METRIC_EXPORT_INTERVAL", "often", "expected milliseconds above 0, got 'often'"),
         ("OTEL_METRIC_EXPORT_INTERVAL", "0", "expected milliseconds above 0, got '0'"),
+        ("OTEL_METRIC_EXPORT_TIMEOUT", "-1", "expected milliseconds of at least 0, got '-1'"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s", "expected milliseconds of at least 0, got '10s'"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "nan", "expected milliseconds of at least 0, got 'nan'"),
         (
             "OTEL_EXPORTER_OTLP_CERTIFICATE",
             "/no",
@@ -271,6 +431,13 @@ def test_a_variable_that_is_no_good_is_said_at_set_up(run, environ, name, value,
     with pytest.raises(ValueError, match=rf"\A{name}: {message}\Z"):
         start_otlp(run)
     assert run.listeners == []
+
+
+def test_a_key_without_its_certificate_is_said_at_set_up(run, environ, certificate):
+    environ.setenv("OTEL_EXPORTER_OTLP_CLIENT_KEY", certificate[1])
+    beside = r"OTEL_EXPORTER_OTLP_CLIENT_KEY: expected OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE beside it"
+    with pytest.raises(ValueError, match=beside):
+        start_otlp(run)
 
 
 def test_the_protocol_that_is_spoken_may_be_named(receiver, environ):
@@ -300,7 +467,10 @@ def test_certificates_are_honoured_both_ways(certificate, environ):
         assert pushed(receiver, fresh())
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(certificate, caplog):
+@pytest.mark.parametrize("insecure", ["true", "false"])
+def test_a_certificate_that_nobody_vouches_for_is_refused_insecure_or_not(certificate, environ, caplog, insecure):
+    environ.setenv("OTEL_EXPORTER_OTLP_INSECURE", insecure)  # it is about gRPC; here the URL says
+    environ.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", "")
     with Receiver(tls=server_tls(*certificate)) as receiver:
         start_otlp(Run(fresh()), receiver.url, deadline=2.0).close()
         assert receiver.pushes == []
@@ -338,6 +508,48 @@ def test_what_the_sdk_logs_for_somebody_else_is_left_alone(receiver, run, enviro
     assert "Failed to export metrics" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("level", "records"),
+    [("error", 0), ("NONE", 0), ("warn", 1), ("info", 1), ("", 1), ("debug", 4)],
+)
+def test_it_logs_as_loudly_as_the_environment_says(receiver, run, environ, caplog, level, records):
+    environ.setenv("OTEL_LOG_LEVEL", level)
+    environ.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
+    receiver.answers = [400, 404, 400]
+    with closing(start_otlp(run, receiver.url)):
+        receiver.wait(lambda push: push.value("esper.otlp_export_failures") == 3)
+    assert len([message for message in caplog.messages if message.startswith("esper: ")]) == records
+
+
+def proxied(environ, receiver, endpoint, variable):
+    """Push to an endpoint, with a receiver as the proxy that the environment names."""
+    environ.setenv(variable, f"http://me:secret@127.0.0.1:{receiver.port}")
+    start_otlp(Run(fresh()), endpoint, deadline=2.0).close()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_loopback_is_pushed_to_directly_whatever_the_environment_says(receiver, environ, caplog, variable):
+    with Receiver() as proxy:
+        proxied(environ, proxy, receiver.url, variable)
+        assert proxy.pushes == []
+    assert receiver.pushes
+    assert caplog.messages == []
+
+
+def test_another_host_is_pushed_to_through_the_proxy(receiver, environ):
+    proxied(environ, receiver, "http://collector.test:4318", "http_proxy")
+    assert receiver.pushes[-1].path == "http://collector.test:4318/v1/metrics"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_refuses_is_named_without_its_password(receiver, environ, caplog, scheme):
+    receiver.answers = [403] * 9
+    proxied(environ, receiver, f"{scheme}://collector.test:4318", f"{scheme}_proxy")
+    assert receiver.pushes == []
+    assert f"through the proxy http://127.0.0.1:{receiver.port}" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_a_snapshot_that_cannot_be_read_is_logged_once_and_counted(receiver, environ, caplog):
     environ.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
     run = Run(fresh())
@@ -352,6 +564,49 @@ def hanging():
     """Return the URL of a server that accepts and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "seconds"),
+    [
+        ({}, 10),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "5000"}, 5),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "5000", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT": "700"}, 0.7),
+        ({"OTEL_METRIC_EXPORT_TIMEOUT": "2000"}, 2),
+        ({"OTEL_METRIC_EXPORT_TIMEOUT": "2000", "OTEL_EXPORTER_OTLP_TIMEOUT": "1000"}, 1),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "0"}, 30),
+    ],
+)
+def test_a_push_has_as_many_milliseconds_as_the_environment_says(environ, variables, seconds):
+    for name, value in variables.items():
+        environ.setenv(name, value)
+    assert environment.read_settings(None).timeout == seconds
+
+
+def test_0_milliseconds_are_no_limit(environ):
+    environ.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0")
+    environ.setenv("OTEL_METRIC_EXPORT_TIMEOUT", "0")
+    assert environment.read_settings(None).timeout > 20 * 24 * 3600
+
+
+@pytest.mark.parametrize(
+    "variable", ["OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "OTEL_METRIC_EXPORT_TIMEOUT"]
+)
+def test_a_push_without_an_answer_is_given_up_then(hanging, run, environ, variable):
+    environ.setenv(variable, "150")
+    began = time.monotonic()
+    with closing(start_otlp(run, hanging, deadline=0.1)) as exporter:
+        while exporter.failures == 0:
+            assert time.monotonic() < began + 5
+            time.sleep(0.01)
+    assert time.monotonic() - began > 0.15
+
+
+def test_seconds_in_place_of_milliseconds_are_one_line(receiver, environ, caplog):
+    environ.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "10")
+    start_otlp(Run(fresh()), receiver.url).close()
+    said = "esper: OTEL_EXPORTER_OTLP_TIMEOUT is in milliseconds; a push gets 0.01 s to arrive"
+    assert caplog.messages[0] == said
 
 
 def test_a_collector_that_hangs_holds_up_neither_training_nor_the_end(hanging, run, caplog):

@@ -1,16 +1,97 @@
-"""OpenTelemetry's standard variables, as far as its own exporter does not read them, or says too late what is wrong."""
+"""What OpenTelemetry's standard variables say of pushing metrics; docs/opentelemetry.md goes through the list.
+
+They are read here and handed to OpenTelemetry's own exporter, whose releases differ in what they read of them.
+"""
 
 from __future__ import annotations
 
-import math
+import logging
 import os
-from urllib.parse import urlsplit, urlunsplit
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from esper_telemetry.exporters.otlp.variables import file, logger, milliseconds, of_metrics, word, words
 
 DEFAULT_ENDPOINT = "http://localhost:4318"
 INTERVAL_SECONDS = 15.0
 
 _PATH = "/v1/metrics"
-_FILES = ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
+_FOREVER = 2.0**31
+_SURELY_SECONDS = 100  # so few milliseconds were meant as the seconds that OpenTelemetry's Python takes them for
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+=[ -~]*")
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "none": logging.CRITICAL + 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Hold how to push.
+
+    interval, timeout: seconds from the start of a push to the next, and for one push with its retries.
+    delta: push counters as the difference to what has arrived, not as their sum.
+    """
+
+    url: str
+    interval: float
+    timeout: float
+    headers: Mapping[str, str]
+    compression: str
+    ca_file: str | None
+    client_certificate: str | None
+    client_key: str | None
+    delta: bool
+
+
+def read_settings(endpoint: str | None) -> Settings:
+    """Return how to push, to `endpoint` if one is given.
+
+    Raise ValueError that begins with the variable, or with `endpoint`, when one is no good.
+    """
+    protocol_variable, protocol = of_metrics("PROTOCOL")
+    if protocol.strip().lower() not in ("", "http/protobuf"):
+        raise ValueError(f"{protocol_variable}: expected http/protobuf, got {protocol!r}")
+    settings = Settings(
+        url=metrics_url(endpoint),
+        interval=milliseconds("OTEL_METRIC_EXPORT_INTERVAL", INTERVAL_SECONDS * 1000) / 1000,
+        timeout=_timeout_seconds(),
+        headers=_headers(*of_metrics("HEADERS")),
+        compression=word(of_metrics("COMPRESSION")[0], ("gzip", "deflate", "none")) or "none",
+        ca_file=file(*of_metrics("CERTIFICATE")),
+        client_certificate=file(*of_metrics("CLIENT_CERTIFICATE")),
+        client_key=file(*of_metrics("CLIENT_KEY")),
+        delta=word("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", ("cumulative", "delta", "lowmemory"))
+        == "delta",
+    )
+    if settings.client_key is not None and settings.client_certificate is None:
+        variable, _ = of_metrics("CLIENT_KEY")
+        raise ValueError(f"{variable}: expected {variable.replace('KEY', 'CERTIFICATE')} beside it")
+    _say_what_is_not_obeyed()
+    return settings
+
+
+def read_silence() -> str | None:
+    """Return why nothing is to be pushed, None where nothing is said against it."""
+    if word("OTEL_SDK_DISABLED", ("true", "false")) == "true":
+        return "OTEL_SDK_DISABLED is true"
+    exporters = words("OTEL_METRICS_EXPORTER", ("otlp", "prometheus", "console", "none"))
+    if exporters and "otlp" not in exporters:
+        return f"OTEL_METRICS_EXPORTER is {','.join(exporters)}"
+    if "console" in exporters:
+        logger.warning("esper: OTEL_METRICS_EXPORTER: esper pushes over OTLP, and prints nothing to the console")
+    return None
+
+
+def set_log_level() -> None:
+    """Log about pushing as loudly as OTEL_LOG_LEVEL says."""
+    if level := word("OTEL_LOG_LEVEL", tuple(_LEVELS)):
+        logger.setLevel(_LEVELS[level])
 
 
 def metrics_url(endpoint: str | None) -> str:
@@ -27,37 +108,35 @@ def metrics_url(endpoint: str | None) -> str:
     return _with_path(_checked("OTEL_EXPORTER_OTLP_ENDPOINT", base))
 
 
-def without_secrets(url: str) -> str:
-    """Return a URL without its user, password and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+def _timeout_seconds() -> float:
+    variable, text = of_metrics("TIMEOUT")
+    push = milliseconds(variable, 10_000, zero=_FOREVER)
+    if text and push < _SURELY_SECONDS:
+        logger.warning("esper: %s is in milliseconds; a push gets %g s to arrive", variable, push / 1000)
+    return min(push, milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000, zero=_FOREVER)) / 1000
 
 
-def interval_seconds() -> float:
-    """Return the time between two pushes: OTEL_METRIC_EXPORT_INTERVAL, in milliseconds, or 15 s."""
-    text = os.environ.get("OTEL_METRIC_EXPORT_INTERVAL")
-    if not text:
-        return INTERVAL_SECONDS
-    try:
-        milliseconds = float(text)
-    except ValueError:
-        milliseconds = math.nan
-    if not 0 < milliseconds < math.inf:
-        raise ValueError(f"OTEL_METRIC_EXPORT_INTERVAL: expected milliseconds above 0, got {text!r}")
-    return milliseconds / 1000
+def _headers(variable: str, text: str) -> Mapping[str, str]:
+    headers = {}
+    for pair in filter(None, map(str.strip, text.split(","))):
+        name, _, value = pair.partition("=")
+        header = f"{unquote(name).strip().lower()}={unquote(value).strip()}"
+        if "=" not in pair or not _HEADER.fullmatch(header):  # which is not shown: it may be a secret
+            raise ValueError(f"{variable}: expected key=value,key=value, got something else")
+        name, _, headers[name] = header.partition("=")
+    return headers
 
 
-def check_environment() -> None:
-    """Raise ValueError on another protocol than http/protobuf, and on a certificate or key that cannot be read."""
-    for signal in ("METRICS_", ""):
-        name = f"OTEL_EXPORTER_OTLP_{signal}PROTOCOL"
-        if protocol := os.environ.get(name):
-            if protocol != "http/protobuf":
-                raise ValueError(f"{name}: expected http/protobuf, got {protocol!r}")
-            break
-    for name in (f"OTEL_EXPORTER_OTLP_{signal}{file}" for signal in ("METRICS_", "") for file in _FILES):
-        if path := os.environ.get(name):
-            _check_file(name, path)
+def _say_what_is_not_obeyed() -> None:
+    word(
+        "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",  # of which there are none
+        ("explicit_bucket_histogram", "base2_exponential_bucket_histogram"),
+    )
+    if word("OTEL_METRICS_EXEMPLAR_FILTER", ("always_on", "always_off", "trace_based")) == "always_on":
+        logger.warning("esper: OTEL_METRICS_EXEMPLAR_FILTER: what esper pushes has no exemplars")
+    for variable in ("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE"):
+        if os.environ.get(variable):
+            logger.warning("esper: %s is not read; the other variables hold", variable)
 
 
 def _with_path(base: str) -> str:
@@ -75,11 +154,3 @@ def _checked(name: str, url: str) -> str:
     if not right or not url.isprintable() or " " in url:
         raise ValueError(f"{name}: expected a URL such as {DEFAULT_ENDPOINT}, got {url!r}")
     return url
-
-
-def _check_file(name: str, path: str) -> None:
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ValueError(f"{name}: expected a file that can be read, got {path!r}: {error.strerror}") from None

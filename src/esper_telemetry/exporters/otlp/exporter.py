@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.otlp.bell import Bell
-from esper_telemetry.exporters.otlp.environment import interval_seconds, metrics_url, without_secrets
+from esper_telemetry.exporters.otlp.environment import metrics_url, read_settings, read_silence, set_log_level
+from esper_telemetry.exporters.otlp.variables import logger
+from esper_telemetry.exporters.urls import without_secrets
 from esper_telemetry.snapshot import Snapshot
 
-logger = logging.getLogger("esper_telemetry")
+if TYPE_CHECKING:
+    from esper_telemetry.exporters.otlp.sender import OtlpSender
 
 _RETRY_SECONDS = 5.0
 _REPEAT_SECONDS = 1.0
@@ -40,31 +42,37 @@ class OtlpExporter:
     """
 
     def __init__(self, monitor: Watched, endpoint: str | None, deadline: float) -> None:
-        target = metrics_url(endpoint)
-        self.url = without_secrets(target)
-        self._interval = interval_seconds()
+        set_log_level()
+        self.url = without_secrets(metrics_url(endpoint))
+        self._sender: OtlpSender | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        if silence := read_silence():
+            logger.warning("esper: nothing is pushed to %s: %s", self.url, silence)
+            self._closed = True
+            return
+        settings = read_settings(endpoint)
         from esper_telemetry.exporters.otlp.sender import OtlpSender  # OpenTelemetry takes a while to import
 
-        self._sender = OtlpSender(monitor, target)
+        self._sender = OtlpSender(monitor, settings)
+        self._interval = settings.interval
         self._deadline_seconds = deadline
         self._deadline: float | None = None
-        self._closed = False
         self._news = Bell()
         self._stop = Bell()
-        self._pid = os.getpid()
         self._forget = monitor.on_check(self._see)
-        self._thread = threading.Thread(target=self._run, name="esper-otlp", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(self._sender,), name="esper-otlp", daemon=True)
         self._thread.start()
         at_exit(self.close)
 
     @property
     def failures(self) -> int:
         """Return how many pushes did not arrive."""
-        return self._sender.failures
+        return 0 if self._sender is None else self._sender.failures
 
     def close(self) -> None:
         """Push the last state, and wait for that until the deadline at most; a second call does nothing."""
-        if self._closed or os.getpid() != self._pid:
+        if self._sender is None or self._closed or os.getpid() != self._pid:
             return
         if self._deadline is None:  # else a signal interrupts the first call, and dies of it: wait here
             self._deadline = time.monotonic() + self._deadline_seconds
@@ -85,28 +93,31 @@ class OtlpExporter:
         if snapshot.inf_grad_count or snapshot.nan_grad_count:
             self._news.ring()
 
-    def _run(self) -> None:
+    def _run(self, sender: OtlpSender) -> None:
         rung = False
         while self._deadline is None:
-            self._push()
+            started = time.monotonic()
+            self._push(sender)
             if rung:
                 self._stop.wait(_REPEAT_SECONDS)
-            rung = self._news.wait(min(self._interval, _RETRY_SECONDS) if self._sender.trouble else self._interval)
-        self._sender.send(timeout=max(self._deadline - time.monotonic(), 0.1))
+            left = self._interval - (time.monotonic() - started)
+            rung = self._news.wait(min(self._interval, _RETRY_SECONDS) if sender.trouble else max(left, 0.0))
+        sender.send(timeout=max(self._deadline - time.monotonic(), 0.1))
 
-    def _push(self) -> None:
-        first = self._sender.failures == 0
-        self._sender.send()
-        trouble = self._sender.trouble
-        if trouble and first and self._deadline is None:
-            logger.warning("esper: a push to %s failed; this is counted and not logged again: %s", self.url, trouble)
+    def _push(self, sender: OtlpSender) -> None:
+        first = sender.failures == 0
+        sender.send()
+        if sender.trouble and first and self._deadline is None:
+            reason = sender.trouble
+            logger.warning("esper: a push to %s failed; this is counted and not logged again: %s", self.url, reason)
 
 
 def start_otlp(monitor: Watched, endpoint: str | None = None, *, deadline: float = 5.0) -> OtlpExporter:
     """Push what `monitor` measures over OTLP (HTTP, protobuf), and return the exporter.
 
     endpoint: URL of the receiver; a base such as http://localhost:4318 gets the path /v1/metrics. Default: what the
-    standard OTEL_* variables say, which also give headers, interval, certificates and resource attributes.
+    standard OTEL_* variables say, which also give headers, interval, certificates and resource attributes, and
+    which may say that nothing is to be pushed at all.
     deadline: seconds that the last push may take at exit.
 
     Raise ValueError when the endpoint or one of the variables is no good, ImportError without the extra `otlp`.

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from esper_telemetry import metrics
-from esper_telemetry.exporters.otlp.environment import check_environment
+from esper_telemetry.exporters.otlp.environment import Settings
+from esper_telemetry.exporters.otlp.sdk_log import SdkLog
+from esper_telemetry.exporters.otlp.variables import logger
 from esper_telemetry.exporters.samples import Sample, Source, read_samples
+from esper_telemetry.exporters.urls import is_loopback, without_secrets
 from esper_telemetry.metrics import Metric
 
 try:
     import requests
+    from opentelemetry.exporter.otlp.proto.http import Compression
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.sdk.metrics.export import MetricExportResult
+    from requests.utils import select_proxy
 
     from esper_telemetry.exporters.otlp.points import metrics_data, resource_of
 except ImportError as error:
     raise ImportError("OpenTelemetry's exporter is not installed: pip install 'esper-telemetry[otlp]'") from error
-
-logger = logging.getLogger("esper_telemetry")
-
-_sdk_logger = logging.getLogger("opentelemetry.exporter.otlp.proto.http.metric_exporter")
 
 
 class OtlpSender:
@@ -35,53 +34,76 @@ class OtlpSender:
     trouble: what went wrong with the last one, as far as it has got; None if nothing did.
     """
 
-    def __init__(self, source: Source, url: str) -> None:
-        check_environment()
+    def __init__(self, source: Source, settings: Settings) -> None:
         self.failures = 0
         self.trouble: str | None = None
         self._source = source
-        self._url = url
+        self._settings = settings
         self._resource = resource_of(source.snapshot.run)
-        self._exporter = self._new_exporter()
+        self._exporter = self._new_exporter(settings.timeout)
         self._started = time.time_ns()
         self._shown: set[tuple[Metric, tuple[str, ...]]] = set()
+        self._counted: dict[tuple[Metric, tuple[str, ...]], float] | None = {} if settings.delta else None
         self._errors = 0
 
     def send(self, timeout: float | None = None) -> None:
         """Send once, with the SDK's retries.
 
-        timeout: seconds, in place of what the environment says.
+        timeout: seconds, in place of what the settings say.
         """
         self.trouble = None
-        with _SdkLog(self._fail):
-            try:
-                exporter = self._exporter if timeout is None else self._new_exporter(timeout)
-                samples = self._samples()
-                arrived = exporter.export(metrics_data(self._resource, samples, self._started))
-            except Exception as error:
-                self._fail(repr(error))
-                arrived = MetricExportResult.FAILURE
-        if arrived is MetricExportResult.SUCCESS:
-            self._shown = {(metric, labels) for metric, labels, value in samples if value == value}
+        now = time.time_ns()
+        samples: list[Sample] = []
+        try:
+            exporter = self._exporter if timeout is None else self._new_exporter(timeout)
+            samples = self._samples()
+            with SdkLog(self._fail):
+                result = exporter.export(metrics_data(self._resource, samples, self._started, now, self._counted))
+        except Exception as error:
+            self._fail(repr(error))
+            result = MetricExportResult.FAILURE
+        if result is MetricExportResult.SUCCESS:
+            self._keep(samples, now)
             self.trouble = None
         else:
             self.failures += 1
-            self._fail("no reason given")
+            if self.trouble is None:
+                self._fail("no reason given")
 
     def interrupt(self) -> None:
         """End a wait before a retry; from here on every `send()` needs a timeout of its own."""
         self._exporter.shutdown()
 
+    def _keep(self, arrived: list[Sample], now: int) -> None:
+        self._shown = {(metric, labels) for metric, labels, value in arrived if value == value}
+        if self._counted is not None:
+            self._counted |= {(metric, labels): value for metric, labels, value in arrived if metric.type == "counter"}
+            self._started = now
+
     def _fail(self, reason: str) -> None:
         self.trouble = self.trouble or reason  # the first is the one to tell
+        logger.debug("esper: a try to push: %s", reason)
 
-    def _new_exporter(self, timeout: float | None = None) -> OTLPMetricExporter:
-        return OTLPMetricExporter(self._url, timeout=timeout, session=_Session(self._fail))
+    def _new_exporter(self, timeout: float) -> OTLPMetricExporter:
+        settings = self._settings
+        with SdkLog(lambda _: None):  # the settings have told
+            return OTLPMetricExporter(
+                settings.url,
+                certificate_file=settings.ca_file,
+                client_key_file=settings.client_key,
+                client_certificate_file=settings.client_certificate,
+                headers=dict(settings.headers),
+                timeout=timeout,
+                compression=Compression(settings.compression),
+                session=_Session(self._fail),
+            )
 
     def _samples(self) -> list[Sample]:
         samples = [*self._read(), *self._own()]
         # A scraper marks a series that is gone as stale. Over OTLP its last value would stand for five minutes more.
-        gone = self._shown.difference((metric, labels) for metric, labels, _ in samples)
+        gone = self._shown - {(metric, labels) for metric, labels, _ in samples}
+        if self._counted is not None:  # a difference does not stand
+            gone -= self._counted.keys()
         return [*samples, *(Sample(metric, labels, math.nan) for metric, labels in gone)]
 
     def _read(self) -> list[Sample]:
@@ -99,47 +121,31 @@ class OtlpSender:
 
 
 class _Session(requests.Session):
-    """Prefer OTEL_EXPORTER_OTLP_CERTIFICATE to REQUESTS_CA_BUNDLE, and see that a redirection is no delivery."""
+    """Ask loopback directly, trust whom the settings name, and take no redirection for a delivery."""
 
     def __init__(self, fail: Callable[[str], None]) -> None:
         super().__init__()
         self._fail = fail
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        proxy = select_proxy(request.url or "", options.get("proxies"))
+        by = f" through the proxy {without_secrets(proxy)}" if proxy else ""
         try:
             response = super().send(request, **options)
             if 300 <= response.status_code < 400:
                 place = response.headers.get("Location", "nowhere")
                 raise requests.RequestException(f"it answered {response.status_code}, moved to {place}")
         except Exception as error:
-            self._fail(str(_root(error)))
+            self._fail(f"{_root(error)}{by}")
             raise
+        if proxy and not response.ok:
+            self._fail(f"it answered {response.status_code}{by}")
         return response
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> dict[str, Any]:
-        verify = self.verify if verify is None else verify
-        return super().merge_environment_settings(url, proxies, stream, verify, cert)
-
-
-class _SdkLog(logging.Filter):
-    """Keep what the SDK logs in this thread, which is every try, to ourselves."""
-
-    def __init__(self, fail: Callable[[str], None]) -> None:
-        super().__init__()
-        self._fail = fail
-        self._thread = threading.get_ident()
-
-    def __enter__(self) -> None:
-        _sdk_logger.addFilter(self)
-
-    def __exit__(self, *_: object) -> None:
-        _sdk_logger.removeFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.thread != self._thread:
-            return True
-        self._fail(record.getMessage())
-        return False
+        verify = (self.verify or True) if verify is None else verify  # not REQUESTS_CA_BUNDLE
+        settings = super().merge_environment_settings(url, proxies, stream, verify, cert)
+        return settings | {"proxies": {}} if is_loopback(url) else settings
 
 
 def _root(error: BaseException) -> BaseException:
