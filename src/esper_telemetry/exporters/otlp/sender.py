@@ -143,7 +143,8 @@ class _Session(requests.Session):
         return response
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> dict[str, Any]:
-        verify = (self.verify or True) if verify is None else verify  # not REQUESTS_CA_BUNDLE
+        # Not REQUESTS_CA_BUNDLE; and to older releases an empty OTEL_EXPORTER_OTLP_CERTIFICATE is trust in everybody.
+        verify = (self.verify if verify is None else verify) or True
         settings = super().merge_environment_settings(url, proxies, stream, verify, cert)
         return settings | {"proxies": {}} if is_loopback(url) else settings
 
