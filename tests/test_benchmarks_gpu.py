@@ -27,7 +27,7 @@ def rehearsed(tmp_path_factory):
 
 
 def test_a_rehearsal_runs_every_contender_and_writes_its_results(rehearsed):
-    results = json.loads((rehearsed / "results.json").read_text())
+    results = json.loads((rehearsed / "gpu.json").read_text())
     assert "rehearsal" in results["machine"]["GPU"]
     measured = results["sections"]["ppo-fp32"]
     assert {"check, healthy", "torch._foreach_norm", "the original's ten statistics"} <= measured["contenders"].keys()
@@ -38,7 +38,7 @@ def test_a_rehearsal_runs_every_contender_and_writes_its_results(rehearsed):
 
 def test_what_was_measured_can_be_drawn_elsewhere(rehearsed):
     (rehearsed / "GPU.md").unlink()
-    assert benchmark("--draw", str(rehearsed / "results.json")).returncode == 0
+    assert benchmark("--draw", str(rehearsed / "gpu.json")).returncode == 0
     assert "## Targets" in (rehearsed / "GPU.md").read_text()
     assert (rehearsed / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
@@ -57,12 +57,12 @@ def test_a_section_that_fails_is_told_and_the_others_are_not_lost(tmp_path, monk
     def fail():
         raise RuntimeError("out of memory")
 
-    made = {"one": fail, "other": lambda: {"kind": "host", "title": "other", "seconds": {"a": 1.0}}}
-    monkeypatch.setattr(run, "sections", lambda *_: made)
-    run.run(tmp_path, None, False, 60, True)
-    sections = json.loads((tmp_path / "results.json").read_text())["sections"]
+    made = {"one": fail, "other": lambda: {"kind": "behaviour", "title": "other", "facts": {"a": 1.0}}}
+    monkeypatch.setattr(run, "sections", lambda _: made)
+    run.run(tmp_path, None, 60, True)
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert sections["one"]["error"] == "RuntimeError: out of memory"
-    assert sections["other"]["seconds"] == {"a": 1.0}
+    assert sections["other"]["facts"] == {"a": 1.0}
     assert "out of memory" in (tmp_path / "GPU.md").read_text()
 
 

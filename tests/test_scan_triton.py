@@ -21,14 +21,12 @@ pytest.importorskip("triton", reason="no Triton: the CUDA kernel was not tested 
 from esper_telemetry import GradientMonitor, watch
 from esper_telemetry.scan import cuda, describe
 from esper_telemetry.scan.cpu import scan_cpu
-from esper_telemetry.scan.cuda import CudaScanner, Tuning
+from esper_telemetry.scan.cuda import CudaScanner
 from esper_telemetry.scan.triton_kernel import CHUNK, RECORD, add_up_layers
 from tests.gradients import REAL, expected_counts, gradients, lay_out
 
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 TILE = 4096
-
-TUNINGS = [Tuning(), Tuning(fused=False, rows=128), Tuning(chunk=1 << 13, programs=2, width=4)]
 
 on_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: what streams, events and allocations do did not run")
 
@@ -99,8 +97,7 @@ def test_every_element_is_looked_at_once(dtype, numel, offset):
         assert CudaScanner().launch([gradient]).result().bad == {0: (1, 0)}
 
 
-@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
-def test_gradients_that_begin_anywhere_are_counted_exactly(tuning):
+def test_gradients_that_begin_anywhere_are_counted_exactly():
     generator = torch.Generator().manual_seed(0)
     for dtype, offset in itertools.product(REAL, range(9)):
         memory = torch.full((5 * CHUNK + 99,), math.nan, dtype=dtype)
@@ -109,7 +106,7 @@ def test_gradients_that_begin_anywhere_are_counted_exactly(tuning):
             memory[offset : offset + numel].normal_(generator=generator)
             given_gradients.append(memory[offset : offset + numel].to(DEVICE))
             memory = memory.clone()
-        scanner = CudaScanner(tuning)
+        scanner = CudaScanner()
         assert scanner.launch(given_gradients).result().bad == {}
         for gradient in given_gradients[1:]:
             places = torch.randint(gradient.numel(), (2, 5), generator=generator)
@@ -164,11 +161,11 @@ def test_a_large_gradient_without_a_flat_view_is_exact(layout):
 
 
 def test_counts_past_2_to_the_31_are_added_up_exactly():
-    chunks, width = 1100, 512
+    chunks = 1100
     records = torch.full((chunks, RECORD), 2**31 + 1, device=DEVICE)
     records.view(torch.float64)[:, -1] = 1e200
     layers = torch.empty((2, RECORD), dtype=torch.int64, device=DEVICE)
-    add_up_layers[(2,)](records, torch.tensor([0, 1, chunks], device=DEVICE), layers, WIDTH=width)
+    add_up_layers[(2,)](records, torch.tensor([0, 1, chunks], device=DEVICE), layers)
     assert layers[:, :-1].tolist() == [[2**31 + 1] * 4, [(chunks - 1) * (2**31 + 1)] * 4]
     norms = layers.view(torch.float64)[:, -1].tolist()
     assert norms == pytest.approx([1e200, 1e200 * math.sqrt(chunks - 1)], rel=1e-12)
@@ -201,19 +198,14 @@ def test_the_kernel_compiles_for_gpus_and_reads_16_bytes_at_a_time(capability, t
 from triton import compile, language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from esper_telemetry.scan.cuda import Tuning
-from esper_telemetry.scan.triton_kernel import add_up_layers, count_chunks
-target, int64, tuning = GPUTarget("cuda", {capability}, 32), "*i64", Tuning()
-table = dict.fromkeys(["addresses", "numels", "starts", "records", "layers"], int64)
-table |= dict(chunks="*i32", arrived="*i32", first="i32", last="i32")
-same = dict(CHUNK=tuning.chunk, ROWS=tuning.rows, WIDTH=tuning.width, TALLIES=tuning.tallies, FUSED=tuning.fused)
+from esper_telemetry.scan.triton_kernel import WARPS, add_up_layers, count_chunks
+target, options, int64 = GPUTarget("cuda", {capability}, 32), dict(num_warps=WARPS), "*i64"
+table = dict(addresses=int64, numels=int64, chunks="*i32", records=int64, first="i32", DTYPE="constexpr")
 for dtype in (tl.float32, tl.bfloat16, tl.float16, tl.float64):
-    constants = dict(same, DTYPE=dtype)
-    source = ASTSource(count_chunks, table | dict.fromkeys(constants, "constexpr"), constants)
-    ptx = compile(source, target=target, options=dict(num_warps=tuning.warps)).asm["ptx"]
+    ptx = compile(ASTSource(count_chunks, table, dict(DTYPE=dtype)), target=target, options=options).asm["ptx"]
     assert "ld.global.v4.b32" in ptx or "ld.global.v2.b64" in ptx
-table = dict.fromkeys(["records", "starts", "layers"], int64) | dict(WIDTH="constexpr")
-compile(ASTSource(add_up_layers, table, dict(WIDTH=512)), target=target)
+table = dict.fromkeys(["records", "starts", "layers"], int64)
+compile(ASTSource(add_up_layers, table, dict()), target=target, options=options)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

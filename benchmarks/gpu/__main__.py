@@ -43,16 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("no CUDA device here; --rehearse runs without one")
         from benchmarks.gpu.run import run
 
-        run(options.out, options.only, options.variants, options.minutes * 60, options.rehearse)
+        run(options.out, options.only, options.minutes * 60, options.rehearse)
     return 0
 
 
 def _parser() -> _Parser:
     parser = _Parser("benchmarks.gpu", description="Measure what looking at gradients costs on a GPU.")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write results.json, GPU.md and gpu.png")
-    parser.add_argument("--draw", type=Path, metavar="RESULTS.json", help="write GPU.md and gpu.png from it, no more")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write GPU.md, gpu.png and gpu.json")
+    parser.add_argument("--draw", type=Path, metavar="GPU.json", help="write GPU.md and gpu.png from it, no more")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="measure these sections alone")
-    parser.add_argument("--variants", action="store_true", help="compare versions of the kernel, too")
     parser.add_argument("--minutes", type=float, default=7.0, help="begin no section after that (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="run without a GPU; the numbers mean nothing")
     return parser

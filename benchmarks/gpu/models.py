@@ -77,4 +77,3 @@ MODELS = {
         _of("ppo", "PPO policy", _SHAPES["ppo"], torch.float32),
     ]
 }
-LARGE = ("xl-fp32", "xl-bf16", "7b-fp32", "7b-bf16")

@@ -10,7 +10,6 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.before import cuda as cuda_before
 from esper_telemetry.scan import cuda, dispatch
 
 
@@ -51,8 +50,7 @@ def stand_ins() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        for module in (cuda, cuda_before):
-            stack.enter_context(mock.patch.object(module, "_pinned", _memory))
+        stack.enter_context(mock.patch.object(cuda, "_pinned", _memory))
         for name, answer in {"_on_cpu": False, "_suit_kernel": True, "_kernel_works": True}.items():
             stack.enter_context(mock.patch.object(dispatch, name, return_value=answer))
         yield

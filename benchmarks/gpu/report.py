@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.contenders import CHECK
+from benchmarks.contenders import FOREACH_NORM, ORIGINAL, RECORD, TORCH_CLIP
+from benchmarks.gpu.contenders import AMP, CHECK
 from benchmarks.gpu.step import NOTHING
-from benchmarks.gpu.targets import ratios, verdicts
+from benchmarks.gpu.targets import MET, UNDECIDED, Verdict, ratios, verdicts
 from benchmarks.measurement import Spread
+
+_SHORTLY = """\
+The check reads every element of every gradient once, and counts Inf and NaN in each layer. Times are the device's own,
+by CUDA events, medians of rounds in which everything that is compared takes its turn in one process; the read bandwidth
+is the best that any of several kernels reached that do nothing but add up 4 GiB.
+"""
 
 _METHOD = """\
 All contenders run in one process and take turns: each round runs every one of them once, in another order; given are
@@ -21,6 +28,30 @@ does it, when it is there. Ratios are taken within a round. Before anything is t
 times as large as it, up to four, and the copies take turns. In the training step the noise is what the run without a
 monitor differs from itself, and two standard errors of that; where it exceeds the target, nothing is decided.
 """
+
+_FACTS = {
+    "steps": "steps that are looked at",
+    "synchronisations_without": "synchronisations that torch warns of, in steps without a monitor",
+    "synchronisations_with": "the same, in steps with one",
+    "errors_where_they_are_errors": "failed checks where torch makes an error of each synchronisation",
+    "checks": "checks so far",
+    "update_seconds_behind": "the longest update() while the device is behind",
+    "device_seconds_behind": "by how much it is behind",
+    "results_published_early": "results published before the device was done: 0 is right",
+    "results_published_late": "and after",
+    "errors_behind": "failed checks meanwhile",
+    "device_allocations_per_step": "device allocations that a monitor adds to a step",
+    "pinned_allocations_per_step": "pinned allocations that it adds",
+    "side_stream_counts": "Inf and NaN found in a gradient with one Inf that arrives late on a stream of its own",
+    "side_stream_ready_early": "whether that was told before it arrived",
+    "side_stream_left_the_current_one_idle": "whether the current stream was left alone",
+    "publish_seconds": "from update() until its result is published, by polling",
+    "publish_seconds_at_most": "the longest of these",
+    "update_seconds": "of that, update() itself",
+    "capture_refused": "what a check says while a CUDA graph is captured",
+    "capture_survived": "whether the graph is whole",
+    "capture_errors_counted": "checks counted as failed by it",
+}
 
 
 def text(results: Mapping[str, Any]) -> str:
@@ -37,16 +68,38 @@ def text(results: Mapping[str, Any]) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """Return GPU.md."""
     sections = results["sections"]
-    machine = [["date", results["date"]], *([name, str(value)] for name, value in results["machine"].items())]
-    targets = _markdown_table(["what", "target", "reached", ""], [list(each) for each in verdicts(sections)])
-    parts = ["# What the check costs on a GPU\n", "Written by `python -m benchmarks.gpu`.\n"]
-    parts += ["![Times of the check](gpu.png)\n", _markdown_table(["", ""], machine)]
-    parts += ["## Targets\n", targets, "## How it is measured\n", _METHOD]
+    machine = results["machine"]
+    targets = [[*each[:3], _emphasised(each)] for each in verdicts(sections)]
+    parts = ["# What the check costs on a GPU\n", f"{machine['GPU']}, torch {machine['torch'].split(',')[0]}, "]
+    parts[-1] += f"triton {machine['triton']}; measured {results['date']} by `python -m benchmarks.gpu`.\n"
+    parts += [_SHORTLY, "## Targets\n", _markdown_table(["what", "target", "reached", ""], targets)]
+    parts += ["## Side by side\n", _markdown_table(*_overview(sections))]
+    parts += ["Every time of every round is in [gpu.json](gpu.json).\n"]
+    parts += ["![Device time of each contender, a panel per model](gpu.png)\n"]
+    parts += ["## How it is measured\n", _METHOD]
     for section in sections.values():
         head, rows = _rows(section, sections)
         parts += [f"## {section.get('title', 'Not measured')}\n", *_remarks(section)]
         parts.append(_markdown_table(head or ["", ""], rows))
+    parts += ["## Machine\n", _markdown_table(["", ""], [[name, str(value)] for name, value in machine.items()])]
     return "\n".join(parts)
+
+
+def _emphasised(verdict: Verdict) -> str:
+    return verdict.verdict if verdict.verdict in (MET, UNDECIDED) else f"**{verdict.verdict}**"
+
+
+def _overview(sections: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return a line per model: what the check takes, and what others take."""
+    others = {FOREACH_NORM: "_foreach_norm", AMP: "AMP's check", TORCH_CLIP: "clip_grad_norm_"}
+    others |= {RECORD: "isinf and isnan", ORIGINAL: "ten statistics"}
+    ceiling = sections.get("ceiling", {}).get("read_bytes_per_second")
+    rows = []
+    for section in (each for each in sections.values() if each.get("kind") == "checks"):
+        times = {name: Spread.of(samples["device"]).median for name, samples in section["contenders"].items()}
+        share = f"{section['bytes'] / times[CHECK] / ceiling:.0%}" if ceiling and not section["in_cache"] else ""
+        rows.append([section["title"], f"**{_time(times[CHECK])}**", share, *(_time(times[name]) for name in others)])
+    return ["gradients", "the check", "of the read bandwidth", *others.values()], rows
 
 
 def _rows(section: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -56,11 +109,6 @@ def _rows(section: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[list
             return head, [[name, spread(rates, 1e-9)] for name, rates in section["rates"].items()]
         case "checks":
             return _contender_rows(section, sections, CHECK)
-        case "variants":
-            head, rows = _contender_rows(section, sections, next(iter(section["contenders"]), ""))
-            first = section["first_check_seconds"]
-            rows = [[*row, f"{first[row[0]]:.2f} s"] for row in rows]
-            return [*head, "first check"], rows + [[name, why] for name, why in section["failed"].items()]
         case "step":
             head = ["", "added", "step"]
             base = section["samples"][NOTHING]
@@ -70,9 +118,8 @@ def _rows(section: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[list
             ]
             return head, [*rows, ["host, of each check", f"{section['host_seconds_per_check'] * 1e6:.0f} us", ""]]
         case "behaviour":
-            return ["", ""], [[name.replace("_", " "), _value(name, value)] for name, value in section["facts"].items()]
-        case "host":
-            return ["", "us"], [[name, f"{value * 1e6:.2f}"] for name, value in section["seconds"].items()]
+            facts = section["facts"]
+            return ["", ""], [[_FACTS.get(name, name), _value(name, value)] for name, value in facts.items()]
     return ["", ""], [["not measured", str(section.get("why", section.get("error", "")))]]
 
 
@@ -101,7 +148,7 @@ def _remarks(section: Mapping[str, Any]) -> list[str]:
 def spread(values: Sequence[float], factor: float) -> str:
     """Return the median with its range."""
     found = Spread.of([value * factor for value in values])
-    return f"{found.median:.3g} ({found.low:.3g} to {found.high:.3g})"
+    return f"{_short(found.median)} ({_short(found.low)} to {_short(found.high)})"
 
 
 def added(found: Sequence[float]) -> str:
@@ -112,14 +159,25 @@ def added(found: Sequence[float]) -> str:
 
 def seconds(values: Sequence[float]) -> str:
     """Return times with their range in a unit that suits them."""
-    unit, factor = ("us", 1e6) if Spread.of(list(values)).median < 1e-3 else ("ms", 1e3)
+    unit, factor = _unit(Spread.of(list(values)).median)
     return f"{spread(values, factor)} {unit}"
 
 
+def _time(value: float) -> str:
+    unit, factor = _unit(value)
+    return f"{_short(value * factor)} {unit}"
+
+
+def _unit(value: float) -> tuple[str, float]:
+    return ("us", 1e6) if value < 1e-3 else ("ms", 1e3)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
 def _value(name: str, value: object) -> str:
-    if isinstance(value, float) and "seconds" in name:
-        return f"{value * 1e3:.3g} ms"
-    return str(value)
+    return _time(value) if isinstance(value, float) and "seconds" in name else str(value)
 
 
 def _plain_table(rows: Sequence[Sequence[str]]) -> str:

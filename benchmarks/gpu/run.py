@@ -23,12 +23,9 @@ from benchmarks.gpu.models import MODELS, Model
 from benchmarks.gpu.rehearsal import stand_ins
 from benchmarks.gpu.report import markdown, text
 from benchmarks.gpu.step import TINY, Size, measure_step
-from benchmarks.gpu.variants import OF_SMALL_MODELS, measure_host_parts, measure_variants, variants
 from esper_telemetry.scan import Scanner
 
-RESULTS, REPORT, CHART = "results.json", "GPU.md", "gpu.png"
-
-_VARIANT_MODELS = ("xl-bf16", "xl-fp32", "gpt2-bf16", "gpt2-fp32", "small-fp32", "ppo-fp32")
+REPORT, CHART, RESULTS = "GPU.md", "gpu.png", "gpu.json"
 
 Measure = Callable[[], dict[str, object]]
 
@@ -54,7 +51,7 @@ class Place(NamedTuple):
         return MODELS[name].shrunk() if self.rehearsal else MODELS[name]
 
 
-def sections(place: Place, with_variants: bool) -> dict[str, Measure]:
+def sections(place: Place) -> dict[str, Measure]:
     """Return name -> what measures it; the most important ones first."""
     launch = Scanner()
     seconds = 0.01 if place.rehearsal else 1.0
@@ -66,28 +63,22 @@ def sections(place: Place, with_variants: bool) -> dict[str, Measure]:
 
     numel = 1 << (14 if place.rehearsal else 30)
     size = TINY if place.rehearsal else Size()
-    found: dict[str, Measure] = {
+    return {
         "ceiling": partial(measure_ceiling, place.device, numel, place.processors, 12 * seconds),
-        "gpt2-fp32": checks("gpt2-fp32", 15),
-        "gpt2-bf16": checks("gpt2-bf16", 15),
-        "small-fp32": checks("small-fp32", 15),
-        "ppo-fp32": checks("ppo-fp32", 8),
         "behaviour": partial(measure_behaviour, place.device, launch, *((TINY, 2) if place.rehearsal else (SMALL, 20))),
-        "step": partial(measure_step, place.device, size, 55 * seconds, 3 if place.rehearsal else 60),
-        "xl-bf16": checks("xl-bf16", 12),
+        "small-fp32": checks("small-fp32", 15),
         "xl-fp32": checks("xl-fp32", 15),
+        "xl-bf16": checks("xl-bf16", 15),
+        "step": partial(measure_step, place.device, size, 75 * seconds, 3 if place.rehearsal else 60),
+        "ppo-fp32": checks("ppo-fp32", 8),
+        "gpt2-fp32": checks("gpt2-fp32", 12),
+        "gpt2-bf16": checks("gpt2-bf16", 12),
+        "7b-bf16": checks("7b-bf16", 15),
+        "7b-fp32": checks("7b-fp32", 20),
     }
-    if with_variants:
-        made = variants(place.processors)
-        for name in _VARIANT_MODELS:
-            model, largest = place.model(name), 1 << (12 if place.rehearsal else 21)
-            some = {each: made[each] for each in (OF_SMALL_MODELS if model.bytes < place.cache else made)}
-            found[f"variants-{name}"] = partial(measure_variants, model, some, place.device, 12 * seconds, largest)
-        found["host"] = partial(measure_host_parts, place.device)
-    return found | {"7b-bf16": checks("7b-bf16", 15), "7b-fp32": checks("7b-fp32", 20)}
 
 
-def run(out: Path, only: Sequence[str] | None, with_variants: bool, seconds: float, rehearsal: bool) -> None:
+def run(out: Path, only: Sequence[str] | None, seconds: float, rehearsal: bool) -> None:
     """Measure, and write after each section."""
     started = time.monotonic()
     with stand_ins() if rehearsal else contextlib.nullcontext():
@@ -97,7 +88,7 @@ def run(out: Path, only: Sequence[str] | None, with_variants: bool, seconds: flo
             "machine": machine(place.device),
             "sections": {},
         }
-        measures = sections(place, with_variants)
+        measures = sections(place)
         if unknown := set(only or ()) - measures.keys():
             raise SystemExit(f"benchmarks.gpu: --only: no {', '.join(sorted(unknown))} among {', '.join(measures)}")
         for name, measure in measures.items():

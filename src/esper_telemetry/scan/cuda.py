@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress, groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from triton import language as tl  # type: ignore[import-not-found, import-untyp
 from esper_telemetry.health import DEAD_ZERO_FRACTION, EXPLODING_LARGE_FRACTION
 from esper_telemetry.scan.layouts import flats, local_numel, materialize
 from esper_telemetry.scan.result import Scan
-from esper_telemetry.scan.triton_kernel import CHUNK, RECORD, add_up_layers, count_chunks
+from esper_telemetry.scan.triton_kernel import CHUNK, RECORD, WARPS, add_up_layers, count_chunks
 
 _DTYPES = {
     torch.float64: tl.float64,
@@ -30,19 +30,6 @@ _LAYOUT = attrgetter("layout")
 _DTYPE = attrgetter("dtype")
 
 
-class Tuning(NamedTuple):
-    """Say how the kernel cuts its work."""
-
-    chunk: int = CHUNK
-    rows: int = 512
-    width: int = 256
-    warps: int = 8
-    registers: int | None = None
-    tallies: bool = True
-    fused: bool = True
-    programs: int | None = None
-
-
 class CudaScanner:
     """Launch scans on the current stream of each device that holds gradients.
 
@@ -51,9 +38,8 @@ class CudaScanner:
     Complex gradients are not for this kernel. A sparse one is coalesced first, which waits for the device.
     """
 
-    def __init__(self, tuning: Tuning = Tuning()) -> None:  # noqa: B008
+    def __init__(self) -> None:
         self._plans: dict[tuple[object, ...], _Plan] = {}
-        self._tuning = tuning
 
     def launch(self, gradients: Sequence[Tensor | None]) -> PendingCudaScan:
         """Start counting what the gradients hold now, in the order of the stream; what changes later is not seen."""
@@ -72,7 +58,7 @@ class CudaScanner:
 
     def _plan(self, device: torch.device, layers: _Layers) -> _Plan:
         key = device, torch.cuda.current_stream(device).cuda_stream, *layers.layout
-        plan = self._plans.pop(key, None) or _Plan(device, layers, self._tuning)
+        plan = self._plans.pop(key, None) or _Plan(device, layers)
         self._plans[key] = plan  # the most recent last
         if len(self._plans) > _PLANS:
             del self._plans[next(iter(self._plans))]
@@ -114,8 +100,6 @@ class PendingCudaScan:
                 }
             dead += int(((plan.numels - found[:, 2]) / plan.divisors > DEAD_ZERO_FRACTION).sum())
             exploding += int((found[:, 3] / plan.divisors > EXPLODING_LARGE_FRACTION).sum())
-        if not all(plan.tallies for plan, _ in self._launched):
-            return Scan(norms, dict(sorted(bad.items())), elements)
         return Scan(norms, dict(sorted(bad.items())), elements, dead, exploding)
 
 
@@ -150,10 +134,8 @@ class _Layers(NamedTuple):
 class _Plan:
     """Cut the gradients of one device into chunks; holds for as long as their layout stays the same."""
 
-    def __init__(self, device: torch.device, layers: _Layers, tuning: Tuning) -> None:
+    def __init__(self, device: torch.device, layers: _Layers) -> None:
         places, layer_numels, lengths, numels, dtypes = layers.layout
-        self._tuning = tuning
-        self.tallies = tuning.tallies
         ends = torch.tensor(lengths).cumsum(0).tolist()
         cut = [
             (place, numel, dtypes[end - length], range(end - length, end))
@@ -171,8 +153,7 @@ class _Plan:
         for dtype, members in groupby(cut, key=lambda each: each[2]):
             first = starts[-1]
             for *_, segments in members:
-                layer = len(starts) - 1
-                parts = [_chunks(segment, numels[segment], layer, tuning.chunk) for segment in segments]
+                parts = [_chunks(segment, numels[segment]) for segment in segments]
                 starts.append(starts[-1] + sum(map(len, parts)))
                 chunks += parts
             if starts[-1] > first:
@@ -181,16 +162,6 @@ class _Plan:
         self._numels = _upload(torch.tensor(numels), device)
         self._chunks = _upload(torch.cat(chunks), device)
         self._starts = _upload(torch.tensor(starts), device)
-        self._options: dict[str, Any] = {
-            "CHUNK": tuning.chunk,
-            "ROWS": tuning.rows,
-            "WIDTH": tuning.width,
-            "TALLIES": tuning.tallies,
-            "FUSED": tuning.fused,
-            "num_warps": tuning.warps,
-        }
-        if tuning.registers is not None:
-            self._options["maxnreg"] = tuning.registers
 
     def launch(self, layers: _Layers) -> _Slot:
         """Start counting on the current stream, and return the slot where the result will be."""
@@ -203,21 +174,16 @@ class _Plan:
 
     def _count(self, slot: _Slot) -> None:
         for dtype, first, last in self._groups:
-            count_chunks[(min(last - first, self._tuning.programs or last),)](
+            count_chunks[(last - first,)](
                 slot.addresses,
                 self._numels,
                 self._chunks,
-                self._starts,
                 slot.records,
-                slot.arrived,
-                slot.results,
                 first,
-                last,
                 DTYPE=_DTYPES[dtype],
-                **self._options,
+                num_warps=WARPS,
             )
-        if not self._tuning.fused:
-            add_up_layers[(len(self.places),)](slot.records, self._starts, slot.results, WIDTH=512, num_warps=8)
+        add_up_layers[(len(self.places),)](slot.records, self._starts, slot.results, num_warps=WARPS)
 
     def has_filled(self, slot: _Slot) -> bool:
         """Tell whether the result is in the slot."""
@@ -245,8 +211,7 @@ class _Plan:
             addresses_host=_pinned(segments),
             addresses=on_device(segments),
             records=on_device(chunks, RECORD),
-            arrived=torch.zeros(layers, dtype=torch.int32, device=self._device),
-            results=on_device(layers, RECORD).zero_(),  # a layer without elements has no chunk that writes its own
+            results=on_device(layers, RECORD),
             results_host=_pinned(layers, RECORD),
             done=torch.cuda.Event(),  # type: ignore[no-untyped-call]
         )
@@ -259,7 +224,6 @@ class _Slot:
     addresses_host: Tensor
     addresses: Tensor
     records: Tensor
-    arrived: Tensor
     results: Tensor
     results_host: Tensor
     done: torch.cuda.Event
@@ -279,10 +243,10 @@ def _flat_parts(gradient: Tensor) -> list[Tensor]:
     return [part if part.dtype in _DTYPES else part.float() for part in parts]
 
 
-def _chunks(segment: int, numel: int, layer: int, chunk: int) -> Tensor:
-    """Return (segment, number, layer) of each chunk."""
-    numbers = torch.arange(-(-numel // chunk), dtype=torch.int32)
-    return torch.stack([torch.full_like(numbers, segment), numbers, torch.full_like(numbers, layer)], dim=1)
+def _chunks(segment: int, numel: int) -> Tensor:
+    """Return (segment, number) of each chunk."""
+    numbers = torch.arange(-(-numel // CHUNK), dtype=torch.int32)
+    return torch.stack([torch.full_like(numbers, segment), numbers], dim=1)
 
 
 def _pinned(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
