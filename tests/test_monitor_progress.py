@@ -61,7 +61,7 @@ def test_a_loss_on_a_device_is_not_waited_for(monitor, monkeypatch):
     made.clear()
     for loss in (1.0, 2.0):
         monitor.record(loss=torch.tensor(loss), samples=8)
-    assert monitor.snapshot.progress == TrainProgress()
+    assert monitor.snapshot.progress is None
     made[0].there = True
     assert monitor.snapshot.progress == TrainProgress(loss=1.0, samples=8)
     made[1].there = True

@@ -1,7 +1,8 @@
 """One backward pass: what arrived, what was measured, judged, published, told, and reacted to."""
 
 from esper_telemetry.health import POLICIES
-from esper_telemetry.monitor.monitor import GradientMonitor, watch
+from esper_telemetry.monitor.monitor import GradientMonitor
 from esper_telemetry.monitor.reaction import GradientsCritical, Policy
+from esper_telemetry.monitor.watching import watch
 
 __all__ = ["POLICIES", "GradientMonitor", "GradientsCritical", "Policy", "watch"]

@@ -43,10 +43,12 @@ class ScalerWatch:
     ) -> ScalerWatch | None:
         """Watch a scaler; one that is None or disabled scales nothing and explains nothing.
 
-        Raise ValueError when it is no GradScaler.
+        Raise ValueError when it is no GradScaler, or there is no such limit.
         """
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise ValueError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+        if max_skips < 0:
+            raise ValueError(f"max_amp_skips: expected at least 0, got {max_skips}")
         return cls(scaler, optimizers, max_skips) if scaler is not None and scaler.is_enabled() else None
 
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer], max_skips: int) -> None:

@@ -17,6 +17,7 @@ from esper_telemetry.monitor.coverage import Coverage, Measure
 from esper_telemetry.monitor.dead_layers import DeadLayers
 from esper_telemetry.monitor.gathering import Gathering
 from esper_telemetry.monitor.latest import Latest
+from esper_telemetry.monitor.optimizer_steps import UncheckedSteps
 from esper_telemetry.monitor.passes import Pass
 from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import PendingScan, Scan, Scanner
@@ -46,14 +47,15 @@ class CheckMaker:
     batch_id: of the batch that made the gradients.
     """
 
-    def __init__(self, latest: Latest, aids: Aids) -> None:
+    def __init__(self, latest: Latest, aids: Aids, amp: ScalerWatch | None) -> None:
         self._latest = latest
         self._aids = aids
         self._launched: deque[tuple[PendingScan, Check]] = deque()
         self._untold: list[Snapshot] = []
         self._names: Sequence[str] = ()
+        self._unchecked = UncheckedSteps()
         self.scan: Measure = Scanner()
-        self.amp: ScalerWatch | None = None
+        self.amp = amp
         self.steps_early = False
         self.made = 0
         self.seconds = 0.0
@@ -100,16 +102,42 @@ class CheckMaker:
         news, self._untold = self._untold, []
         return news
 
-    def see_step(self, optimizer: Optimizer, gathering: Gathering) -> None:
-        """Take note that an optimizer is about to step."""
-        if self.amp is not None and self.amp.awaits_skip:
-            self.amp.stepped(optimizer, gathering.watched.names, gathering.watched.parameters())
+    def flush(self, timeout: float) -> list[Snapshot]:
+        """Wait for results that are still on a device, at most `timeout` seconds, and return what is news."""
+        deadline = time.monotonic() + timeout
+        while self.pending and time.monotonic() < deadline:
+            with self._latest.lock:
+                self.settle()
+            if self.pending:
+                time.sleep(0.0005)
+        with self._latest.lock:
+            return self.take_news()
 
-    def see_last_step(self, gathering: Gathering) -> None:
-        """Take in what the scaler did after the last check; an overflow that it did not skip counts after all."""
-        if self.amp is None:
-            return
-        state, unexplained = self.amp.look()
+    def is_unchecked(self, optimizer: Optimizer, gathering: Gathering) -> bool:
+        """Take note that an optimizer is about to step; tell whether it would with gradients that no check has seen."""
+        if gathering.paused:
+            return False
+        try:
+            if self.amp is not None and self.amp.awaits_skip:
+                self.amp.stepped(optimizer, gathering.watched.names, gathering.watched.parameters())
+            return gathering.follows_passes and self._unchecked.is_so(optimizer, self.made, gathering.watched)
+        except Exception:
+            self._latest.fail("an optimizer's step could not be followed")
+            return False
+
+    def see_last_step(self, gathering: Gathering) -> list[Snapshot]:
+        """Take in what the scaler did after the last check, and return what is news."""
+        with self._latest.lock:
+            try:
+                if self.amp is not None:
+                    self._see_last_step(self.amp, gathering)
+            except Exception:
+                self._latest.fail("the scaler could not be read")
+            return self.take_news()
+
+    def _see_last_step(self, amp: ScalerWatch, gathering: Gathering) -> None:
+        """Count an overflow that the scaler did not skip after all."""
+        state, unexplained = amp.look()
         before = self._latest.snapshot
         self._latest.change(**amp_news(before, state))
         if unexplained:

@@ -15,17 +15,16 @@ from esper_telemetry.scan import PendingScan, Scan, with_early
 Measure = Callable[[Sequence[Tensor | None]], Scan | PendingScan]
 
 
-def look_on_arrival(tag: Tag, parameter: Tensor, measure: Measure) -> Arrival | None:
+def look_on_arrival(tag: Tag, gradient: Tensor | None, measure: Measure) -> Arrival | None:
     """Look at a gradient that has just arrived, and measure it where it may be gone when the pass ends.
 
     That is so in the first pass, which shows what other code does with it; where it was gone or altered before; and
     where other hooks wait for it. Return None where another hook was faster and has taken it.
     """
-    gradient = parameter.grad
     if gradient is None:
         return None
     found = measure([gradient]) if tag.early or tag.has_company else None
-    return Arrival(id(gradient), gradient._version, found)
+    return id(gradient), gradient._version, found
 
 
 class _Early(NamedTuple):
@@ -52,9 +51,14 @@ class Coverage:
         self.freed = False
         self._early: dict[int, _Early] = {}
         self._by_hand = by_hand
-        for tag, arrived in ended.arrived.items():
-            if tag.index is not None:
-                self._compare(tag.index, tag, arrived)
+        for tag, seen in ended.arrived.items():
+            index = tag.index
+            if index is None:
+                continue
+            gradient = self.late[index]
+            same = gradient is not None and seen is not None and seen[:2] == (id(gradient), gradient._version)
+            if not same or seen is None or seen[2] is not None:
+                self._take_in(index, tag, same, None if seen is None else seen[2])
         if self.unmeasured:  # other code has changed its ways: all of it is to be seen once more
             for tag in ended.arrived:
                 tag.early = True
@@ -72,27 +76,21 @@ class Coverage:
                 early.tag.early = False
         return with_early(late, {index: early.found for index, early in self._early.items()})
 
-    def _compare(self, index: int, tag: Tag, arrived: Arrival | None) -> None:
-        gradient = self.late[index]
-        same = (
-            gradient is not None
-            and arrived is not None
-            and arrived.gradient == id(gradient)
-            and arrived.version == gradient._version
-        )
-        self.freed |= gradient is None
-        if arrived is None or arrived.found is None:
-            if not same and (gradient is None or not self._by_hand):
+    def _take_in(self, index: int, tag: Tag, same: bool, found: Scan | PendingScan | None) -> None:
+        """Take in a gradient that is not what it was when it arrived, or that was measured then."""
+        gone = self.late[index] is None
+        self.freed |= gone
+        if found is None:
+            if gone or not self._by_hand:
                 self.unmeasured.append(index)
-            return
-        if self._by_hand and gradient is not None and not same and not tag.has_company:
+        elif self._by_hand and not gone and not same and not tag.has_company:
             tag.early = False  # the owner of the loop did this, and wants it measured as it is
-            return
-        self._early[index] = _Early(tag, arrived.found)
-        if not same:
-            tag.early = True
-        elif not tag.early:
-            self.late[index] = None
+        else:
+            self._early[index] = _Early(tag, found)
+            if not same:
+                tag.early = True
+            elif not tag.early:
+                self.late[index] = None
 
 
 def _alike(late: Scan | PendingScan, index: int, early: Scan | PendingScan) -> bool:

@@ -26,8 +26,9 @@ class Gathering:
         self._fail = fail
         self._passes: Passes | None = None
         self._since_update = SinceUpdate()
+        self._now = self._since_update.now
         self._threads: set[int] = set()
-        self.paused = 0
+        self._pauses = 0
         self.watched = Watched(model, self._arrive)
 
     @property
@@ -38,11 +39,27 @@ class Gathering:
     def follow_passes(self, on_end: Callable[[Pass], object]) -> None:
         """Call `on_end` at the end of each backward pass, from now on."""
         self._passes = Passes(self.watched.refresh, on_end)
+        self._now = self._passes.now
 
     def take(self) -> Pass:
         """Return what has arrived since the last call, where no passes are followed."""
-        taken, self._since_update = self._since_update, SinceUpdate()
-        return taken
+        return self._since_update.take()
+
+    @property
+    def paused(self) -> bool:
+        """Tell whether what arrives is of no interest."""
+        return self._pauses > 0
+
+    def pause(self) -> None:
+        """Take no note of what arrives until `resume()`."""
+        self._pauses += 1
+        self._now = dict
+
+    def resume(self) -> None:
+        """Take note again, when each `pause()` has ended."""
+        self._pauses = max(0, self._pauses - 1)
+        if not self._pauses:
+            self._now = self._since_update.now if self._passes is None else self._passes.now
 
     def gather(self, ended: Pass) -> tuple[Sequence[Tensor], list[Tensor | None]]:
         """Return the model's parameters, and the gradients that may be measured in this thread.
@@ -68,12 +85,13 @@ class Gathering:
         self.watched.close()
 
     def _arrive(self, tag: Tag, parameter: Tensor) -> None:
-        if self.paused:
-            return
         try:
-            under_way = self._since_update if self._passes is None else self._passes
-            arrived = under_way.now().arrived
-            arrived[tag] = look_on_arrival(tag, parameter, self._measure)
+            gradient = parameter.grad
+            if gradient is None or tag.early or len(tag.hooks) > 1:
+                seen = look_on_arrival(tag, gradient, self._measure)
+            else:  # mostly, so it is quick
+                seen = id(gradient), gradient._version, None
+            self._now()[tag] = seen
         except Exception:
             self._fail("a gradient could not be looked at as it arrived")
 

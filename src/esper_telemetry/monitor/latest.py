@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from esper_telemetry.snapshot import Snapshot
@@ -22,6 +23,20 @@ class Latest:
         """Replace it by one with these fields changed."""
         with self.lock:
             self.snapshot = self.snapshot.but(**changes)
+
+    def count_dropped_step(self) -> None:
+        """Count an optimizer step that was dropped."""
+        with self.lock:
+            self.snapshot = self.snapshot.skipping("intervention")
+
+    def try_to(self, *work: Callable[[], None]) -> None:
+        """Do work that changes it, unless somebody else is changing it now."""
+        if self.lock.acquire(blocking=False):
+            try:
+                for each in work:
+                    each()
+            finally:
+                self.lock.release()
 
     def fail(self, what: str) -> None:
         """Count the exception at hand, and log it when it is the first: training goes on."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial, wraps
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
-from typing import ParamSpec
 
-import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -21,8 +19,10 @@ from esper_telemetry.monitor.check_maker import Aids, CheckMaker
 from esper_telemetry.monitor.coverage import Measure
 from esper_telemetry.monitor.dead_layers import DeadLayers
 from esper_telemetry.monitor.gathering import Gathering
+from esper_telemetry.monitor.heads import Heads, heads_of
 from esper_telemetry.monitor.latest import Latest
-from esper_telemetry.monitor.optimizer_steps import UncheckedSteps, follow_steps
+from esper_telemetry.monitor.listeners import Listener, Listeners
+from esper_telemetry.monitor.optimizer_steps import follow_steps
 from esper_telemetry.monitor.passes import Pass
 from esper_telemetry.monitor.progress import Progress
 from esper_telemetry.monitor.reaction import Policy, Reaction
@@ -30,15 +30,9 @@ from esper_telemetry.monitor.steps import list_optimizers
 from esper_telemetry.ranks.identity import run_info
 from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import ClipScan
-from esper_telemetry.scan.layers import Model, list_layers
+from esper_telemetry.scan.layers import Model
 from esper_telemetry.snapshot import Snapshot
-from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
-
-_Options = ParamSpec("_Options")
-
-Heads = Mapping[str, str | Sequence[str]]
-Listener = Callable[[Snapshot], None]
 
 
 class GradientMonitor:
@@ -92,42 +86,34 @@ class GradientMonitor:
     ) -> None:
         if not 0 < recent_window_seconds < math.inf:
             raise ValueError(f"recent_window_seconds: expected seconds above 0, got {recent_window_seconds}")
-        if max_amp_skips < 0:
-            raise ValueError(f"max_amp_skips: expected at least 0, got {max_amp_skips}")
         optimizers = list_optimizers(optimizer)
         self._watch_scaler = partial(ScalerWatch.of, optimizers=optimizers, max_skips=max_amp_skips)
         amp, dead_layers, run = self._watch_scaler(scaler), DeadLayers(statistics_every), run_info(run_id)
-        watched_heads = _watched_heads(heads, model)
+        watched_heads = heads_of(model, heads) if heads else None
         self._latest = Latest(Snapshot.before_first_check(run, float(recent_window_seconds), watched_heads))
         recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._latest.fail)
-        self._reaction = Reaction(on_critical, patience, optimizers, self._count_dropped_step)
+        self._reaction = Reaction(on_critical, patience, optimizers, self._latest.count_dropped_step)
         aids = Aids(dead_layers, recorder, before_check, wait=self._reaction.needs_the_answer)
-        self._checks = CheckMaker(self._latest, aids)
-        self._checks.amp = amp
+        self._checks = CheckMaker(self._latest, aids, amp)
         try:
             self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail)
         except ValueError:
             self._reaction.close()
             raise
         self._recorder = recorder
-        self._progress = Progress()
+        self._progress = Progress(self._latest)
         self._watching = True
-        self._listeners: list[Listener] = [] if recorder is None else [recorder.see]
-        self._unchecked = UncheckedSteps()
+        self._listeners = Listeners(self._latest.fail)
+        if recorder is not None:
+            self._listeners.add(recorder.see)
         self._stop_following_steps = follow_steps(self._before_step)
 
     @property
     def snapshot(self) -> Snapshot:
         """Return what the last check found whose result is there; never wait."""
-        latest = self._latest
-        if (self._checks.pending or self._progress.pending) and latest.lock.acquire(blocking=False):
-            try:
-                self._checks.settle()
-                if self._progress.pending:
-                    latest.change(progress=self._progress.arrived(latest.snapshot.progress))
-            finally:
-                latest.lock.release()
-        return latest.snapshot
+        if self._checks.pending or self._progress.pending:
+            self._latest.try_to(self._checks.settle, self._progress.take_in)
+        return self._latest.snapshot
 
     @property
     def batch_id(self) -> BatchId:
@@ -157,11 +143,7 @@ class GradientMonitor:
         return self._check(self._gathering.take(), self._checks.scan)
 
     def clip_grad_norm_(
-        self,
-        max_norm: float,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        foreach: bool | None = None,
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
     ) -> Tensor:
         """Measure and clip with one norm pass; return what `torch.nn.utils.clip_grad_norm_` returns.
 
@@ -171,39 +153,29 @@ class GradientMonitor:
         shared = ClipScan(self._checks.scan)
         if not self._gathering.follows_passes:
             self._check(self._gathering.take(), shared if norm_type == 2.0 else self._checks.scan)
-        total_norm, parameters = shared.total_norm, self._gathering.watched.parameters()
-        if total_norm is None or foreach is not None or (error_if_nonfinite and not total_norm.isfinite()):
-            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
-        return total_norm
+        return shared.clip(self._gathering.watched.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
 
     def check_after_backward(self) -> None:
         """Call `update()` by itself at the end of each backward pass, from now on."""
         self._gathering.follow_passes(lambda ended: self._check(ended, self._checks.scan))
 
-    @contextmanager
-    def _resuming(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.resume()
-
-    def pause(self) -> AbstractContextManager[None]:
+    def pause(self) -> AbstractContextManager[object]:
         """Make no checks until `resume()`, or the end of the `with` block: for passes that are not training."""
-        self._gathering.paused += 1
-        return self._resuming()
+        self._gathering.pause()
+        until = ExitStack()
+        until.callback(self.resume)
+        return until
 
     def resume(self) -> None:
         """Make checks again, once for each `pause()`."""
-        self._gathering.paused = max(0, self._gathering.paused - 1)
+        self._gathering.resume()
 
     def on_check(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with each new snapshot in the training thread; return a function that ends that.
 
         What a listener raises is logged once and counted, never passed on.
         """
-        self._listeners.append(listener)
-        return partial(self._listeners.remove, listener)
+        return self._listeners.add(listener)
 
     def record(
         self,
@@ -217,12 +189,7 @@ class GradientMonitor:
 
         samples: processed since the last call.
         """
-        try:
-            with self._latest.lock:
-                told = self._progress.tell(self._latest.snapshot.progress, loss=loss, lr=lr, step=step, samples=samples)
-                self._latest.change(progress=told)
-        except Exception:
-            self._latest.fail("what record() was given could not be taken")
+        self._progress.tell(loss=loss, lr=lr, step=step, samples=samples)
 
     def record_ppo_update(self, payload: PPOUpdatePayload) -> None:
         """Put a PPO update into the snapshot."""
@@ -236,15 +203,7 @@ class GradientMonitor:
 
     def flush(self, timeout: float = 10.0) -> None:
         """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""
-        deadline = time.monotonic() + timeout
-        while self._checks.pending and time.monotonic() < deadline:
-            with self._latest.lock:
-                self._checks.settle()
-            if self._checks.pending:
-                time.sleep(0.0005)
-        with self._latest.lock:
-            news = self._checks.take_news()
-        self._tell(news)
+        self._listeners.tell(self._checks.flush(timeout))
 
     def close(self) -> None:
         """Remove every hook and mark the snapshot as the run's last; a second call does nothing."""
@@ -269,71 +228,22 @@ class GradientMonitor:
         self._watching = False
         self._stop_following_steps()
         self._reaction.close()
-        with self._latest.lock:
-            try:
-                self._checks.see_last_step(self._gathering)
-            except Exception:
-                self._latest.fail("the scaler could not be read")
-            self._gathering.close()
-            news = self._checks.take_news()
-        self._tell(news)
+        news = self._checks.see_last_step(self._gathering)
+        self._gathering.close()
+        self._listeners.tell(news)
         if self._recorder is not None:
             self._recorder.close()
 
     def _check(self, ended: Pass, measure: Measure) -> Snapshot:
         started = time.perf_counter()
         news = self._checks.make(self._gathering, ended, measure, started)
-        self._tell(news)
+        self._listeners.tell(news)
         self._checks.seconds += time.perf_counter() - started
         for snapshot in news:
             self._reaction.to(snapshot, self._checks.steps_early)
         return self._latest.snapshot
 
-    def _tell(self, news: Sequence[Snapshot]) -> None:
-        for snapshot in news:
-            for listener in tuple(self._listeners):
-                try:
-                    listener(snapshot)
-                except Exception:
-                    self._latest.fail(f"{listener} failed")
-
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check before a step whose gradients arrived where nobody looked: late, but not never."""
-        if self._gathering.paused:
-            return
-        try:
-            self._checks.see_step(optimizer, self._gathering)
-            unchecked = self._gathering.follows_passes and self._unchecked.is_so(
-                optimizer, self._checks.made, self._gathering.watched
-            )
-        except Exception:
-            self._latest.fail("an optimizer's step could not be followed")
-            return
-        if unchecked:
+        if self._checks.is_unchecked(optimizer, self._gathering):
             self._check(Pass(), self._checks.scan)
-
-    def _count_dropped_step(self) -> None:
-        with self._latest.lock:
-            self._latest.snapshot = self._latest.snapshot.skipping("intervention")
-
-
-def _watching_by_itself(make: Callable[_Options, GradientMonitor]) -> Callable[_Options, GradientMonitor]:
-    @wraps(make, assigned=())
-    def watch(*args: _Options.args, **options: _Options.kwargs) -> GradientMonitor:
-        """Return a GradientMonitor that measures by itself at the end of each backward pass, before anything clips."""
-        monitor = make(*args, **options)
-        monitor.check_after_backward()
-        return monitor
-
-    return watch
-
-
-watch = _watching_by_itself(GradientMonitor)  # takes what GradientMonitor takes
-
-
-def _watched_heads(heads: Heads | None, model: Model) -> WatchedHeads | None:
-    if not heads:
-        return None
-    layers = list_layers(model)
-    aliases = {alias: layer.name for layer in layers for alias in layer.aliases}
-    return WatchedHeads.of(heads, [layer.name for layer in layers], aliases)

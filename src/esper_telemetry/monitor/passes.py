@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch.autograd.graph import Node
@@ -15,19 +15,21 @@ from esper_telemetry.scan import PendingScan, Scan
 _MOST = 64  # passes that died half-way never end; no more than these are remembered
 
 
-class Arrival(NamedTuple):
-    """Hold what a gradient was when it arrived: its id, its version, and what was measured of it then, if anything."""
+Arrival = tuple[int, int, Scan | PendingScan | None]
+"""What a gradient was when it arrived: its id, its version, and what was measured of it then, if anything."""
 
-    gradient: int
-    version: int
-    found: Scan | PendingScan | None
+_task_id = torch._C._current_graph_task_id
 
 
 class Pass:
-    """Hold the gradients that have arrived in one backward pass, in their order."""
+    """Hold the gradients that have arrived in one backward pass, in their order.
+
+    before: what had arrived in earlier passes, where no check was made after them.
+    """
 
     def __init__(self) -> None:
         self.arrived: dict[Tag, Arrival | None] = {}
+        self.before: dict[Tag, None] = {}
         self.thread = threading.get_ident()
 
     def take_in(self, inner: Pass) -> None:
@@ -37,30 +39,31 @@ class Pass:
     @property
     def order(self) -> list[int]:
         """Return the layers in the order in which gradients reached them."""
-        return [tag.index for tag in self.arrived if tag.index is not None]
+        tags = self.before | dict.fromkeys(self.arrived) if self.before else self.arrived
+        return [tag.index for tag in tags if tag.index is not None]
 
 
-class SinceUpdate(Pass):
+class SinceUpdate:
     """Hold what has arrived since the last `update()` by hand, in one pass or several."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._latest = Pass()
         self._task = -1
-        self._before: dict[Tag, None] = {}
 
-    def now(self) -> Pass:
-        """Return this; what arrived in passes before the present one is kept for its order, and if it was measured."""
-        task = torch._C._current_graph_task_id()
+    def now(self) -> dict[Tag, Arrival | None]:
+        """Return what has arrived in the pass in which autograd is; of those before their order is kept."""
+        task = _task_id()
+        latest = self._latest
         if task != self._task:
             self._task = task
-            self._before |= dict.fromkeys(self.arrived)
-            self.arrived = {tag: seen for tag, seen in self.arrived.items() if seen is not None and seen.found}
-        return self
+            latest.before |= dict.fromkeys(latest.arrived)
+            latest.arrived = {tag: seen for tag, seen in latest.arrived.items() if seen is not None and seen[2]}
+        return latest.arrived
 
-    @property
-    def order(self) -> list[int]:
-        """Return the layers in the order in which gradients reached them."""
-        return [tag.index for tag in self._before | dict.fromkeys(self.arrived) if tag.index is not None]
+    def take(self) -> Pass:
+        """Return it, and begin anew."""
+        taken, self._latest = self._latest, Pass()
+        return taken
 
 
 class Passes:
@@ -80,9 +83,9 @@ class Passes:
         self.lock = threading.Lock()
         """Held while a pass begins: whoever holds it may touch gradients that no pass under way has reached."""
 
-    def now(self) -> Pass:
-        """Return the pass in which this thread's autograd is."""
-        return self._under_way.get(torch._C._current_graph_task_id()) or self._begin()
+    def now(self) -> dict[Tag, Arrival | None]:
+        """Return what has arrived in the pass in which this thread's autograd is."""
+        return (self._under_way.get(_task_id()) or self._begin()).arrived
 
     def others_than(self, ended: Pass) -> bool:
         """Tell whether a pass is under way besides the one that has ended."""
@@ -91,7 +94,7 @@ class Passes:
     def _begin(self) -> Pass:
         # The id tells one backward pass from the next even when a pass died half-way and never ran its callback.
         # torch's own register_multi_grad_hook(mode="any") keeps an entry per pass for ever.
-        task = torch._C._current_graph_task_id()
+        task = _task_id()
         self._on_begin()
         engine = cast(Any, torch.autograd.Variable)._execution_engine
         engine.queue_callback(lambda: self._end(task))
@@ -118,6 +121,6 @@ class Passes:
     def _go_on_after(self, node: Node, inner: Pass) -> None:
         def go_on(_: object) -> None:
             handle.remove()
-            self.now().take_in(inner)
+            (self._under_way.get(_task_id()) or self._begin()).take_in(inner)
 
         handle = node.register_prehook(go_on)

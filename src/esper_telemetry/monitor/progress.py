@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from esper_telemetry.monitor.latest import Latest
 from esper_telemetry.monitor.scalars import Scalars
 from esper_telemetry.snapshot.train_progress import TrainProgress
 
@@ -14,9 +15,10 @@ _MOST = 16  # of a loss that is still on its device; who reads is behind by no m
 
 
 class Progress:
-    """Keep the newest progress; what is told as a tensor on a device is known when it has arrived."""
+    """Put what the loop tells into the snapshot; what is a tensor on a device is known when it has arrived."""
 
-    def __init__(self) -> None:
+    def __init__(self, latest: Latest) -> None:
+        self._latest = latest
         self._on_the_way: deque[tuple[Scalars, dict[str, Any]]] = deque(maxlen=_MOST)
 
     @property
@@ -24,24 +26,34 @@ class Progress:
         """Tell whether something is still on a device."""
         return bool(self._on_the_way)
 
-    def tell(self, before: TrainProgress | None, **told: Any) -> TrainProgress:
-        """Return the progress after what was told; raise TypeError or ValueError where it is no number."""
+    def tell(self, **told: Any) -> None:
+        """Take in what was told; what is no number is counted as an error, and never raised."""
+        try:
+            with self._latest.lock:
+                self._tell(told)
+        except Exception:
+            self._latest.fail("what record() was given could not be taken")
+
+    def take_in(self) -> None:
+        """Take in what has arrived meanwhile."""
+        while self._on_the_way and self._on_the_way[0][0].ready():
+            scalars, told = self._on_the_way.popleft()
+            names = [name for name, value in told.items() if isinstance(value, Tensor)]
+            self._publish(told | dict(zip(names, scalars.values(), strict=True)))
+
+    def _tell(self, told: dict[str, Any]) -> None:
         tensors = {name: value.detach() for name, value in told.items() if isinstance(value, Tensor)}
         for name, tensor in tensors.items():
             if tensor.numel() != 1:
                 raise ValueError(f"record: expected for {name} one number, got a tensor of shape {tuple(tensor.shape)}")
-        if tensors:
-            self._on_the_way.append((Scalars([each.reshape(()) for each in tensors.values()]), {**told}))
-            return self.arrived(before) or TrainProgress()
-        return _after(before, told)
+        if not tensors:
+            self._publish(told)
+            return
+        self._on_the_way.append((Scalars([each.reshape(()) for each in tensors.values()]), told))
+        self.take_in()
 
-    def arrived(self, before: TrainProgress | None) -> TrainProgress | None:
-        """Return the progress after what has arrived meanwhile."""
-        while self._on_the_way and self._on_the_way[0][0].ready():
-            scalars, told = self._on_the_way.popleft()
-            names = [name for name, value in told.items() if isinstance(value, Tensor)]
-            before = _after(before, told | dict(zip(names, scalars.values(), strict=True)))
-        return before
+    def _publish(self, told: dict[str, Any]) -> None:
+        self._latest.change(progress=_after(self._latest.snapshot.progress, told))
 
 
 def _after(before: TrainProgress | None, told: dict[str, Any]) -> TrainProgress:

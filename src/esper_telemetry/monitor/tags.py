@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,54 +16,45 @@ Arrive = Callable[["Tag", Tensor], None]
 class Tag:
     """Mark a parameter as watched by one monitor.
 
-    torch runs it as a post-accumulate hook, which is also when FSDP2 has a gradient. The tag lies on the parameter and
-    holds no reference to it: a weak one would keep `torch.utils.swap_tensors` from moving it.
+    It lies in a post-accumulate hook of the parameter, which is also run when FSDP2 has a gradient. It holds no
+    reference to the parameter: a weak one would keep `torch.utils.swap_tensors` from moving it.
 
     index: its place among the layers; None while it is not listed.
     thread: the thread in which its last backward pass ended; None before the first.
     early: whether its gradient is to be measured as it arrives, because it may be gone when the pass ends.
     """
 
-    __slots__ = ("_arrive", "early", "hooks", "index", "thread")
+    __slots__ = ("early", "hooks", "index", "thread")
 
-    def __init__(self, arrive: Arrive, hooks: dict[int, Any]) -> None:
-        self._arrive = arrive
+    def __init__(self, hooks: dict[int, Any]) -> None:
         self.hooks = hooks
         self.index: int | None = None
         self.thread: int | None = None
         self.early = True
 
-    def __call__(self, parameter: Tensor) -> None:
-        """Tell the monitor that a gradient has arrived."""
-        self._arrive(self, parameter)
-
     @property
     def has_company(self) -> bool:
         """Tell whether hooks that are no monitor's wait for the gradient: they may take it away."""
-        return len(self.hooks) > 1 and not all(type(hook) is Tag for hook in self.hooks.values())
+        return len(self.hooks) > 1 and not all(_tag_of(hook) for hook in self.hooks.values())
 
     def leave_if_unlisted(self) -> None:
         """Come off a parameter that is no longer the model's."""
         if self.index is None:
-            for key in [key for key, hook in self.hooks.items() if hook is self]:
+            for key in [key for key, hook in self.hooks.items() if _tag_of(hook) is self]:
                 del self.hooks[key]
-
-    def is_of(self, arrive: Arrive) -> bool:
-        """Tell whose tag this is."""
-        return self._arrive == arrive
 
 
 def tag(parameter: Tensor, arrive: Arrive) -> Tag:
-    """Return this monitor's tag of a parameter, a new one where there is none; it runs before all other hooks.
+    """Return this monitor's tag of a parameter, a new one where there is none; its hook runs before all others.
 
     A frozen parameter is tagged too: it may be trained later.
     """
     hooks = _hooks_of(parameter)
-    for each in hooks.values():
-        if type(each) is Tag and each.is_of(arrive):
-            return each
-    others = list(hooks)
-    new = hooks[RemovableHandle(hooks).id] = Tag(arrive, hooks)
+    for hook in hooks.values():
+        if (known := _tag_of(hook, arrive)) is not None:
+            return known
+    others, new = list(hooks), Tag(hooks)
+    hooks[RemovableHandle(hooks).id] = partial(arrive, new)
     for other in others:
         hooks[other] = hooks.pop(other)  # torch reads the plain dict, which move_to_end() leaves as it is
     return new
@@ -73,9 +65,8 @@ def untag(parameter: Tensor, arrive: Arrive) -> None:
     hooks = parameter._post_accumulate_grad_hooks
     if hooks is None:
         return
-    for key, each in tuple(hooks.items()):
-        if type(each) is Tag and each.is_of(arrive):
-            del hooks[key]
+    for key in [key for key, hook in hooks.items() if _tag_of(hook, arrive)]:
+        del hooks[key]
     if not hooks:
         parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
@@ -88,7 +79,14 @@ def retag(parameter: Tensor) -> None:
 def has_other_monitor(parameter: Tensor, arrive: Arrive) -> bool:
     """Tell whether another monitor watches a parameter."""
     hooks = parameter._post_accumulate_grad_hooks or {}
-    return any(type(each) is Tag and not each.is_of(arrive) for each in hooks.values())
+    return any(_tag_of(hook) and not _tag_of(hook, arrive) for hook in hooks.values())
+
+
+def _tag_of(hook: object, arrive: Arrive | None = None) -> Tag | None:
+    """Return the tag that a hook is for, None where it is no monitor's, or not this one's."""
+    if isinstance(hook, partial) and hook.args and type(hook.args[0]) is Tag and arrive in (None, hook.func):
+        return hook.args[0]
+    return None
 
 
 def _hooks_of(parameter: Tensor) -> dict[int, Any]:

@@ -35,6 +35,21 @@ class ClipScan:
         self.total_norm = torch.linalg.vector_norm(torch.stack(norms), 2.0)
         return scan_with_norms(gradients, [norm.item() for norm in norms])
 
+    def clip(
+        self,
+        parameters: Sequence[Tensor],
+        max_norm: float,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        foreach: bool | None,
+    ) -> Tensor:
+        """Clip with the norm that was taken, where it was; torch does the rest."""
+        total_norm = self.total_norm
+        if total_norm is None or foreach is not None or (error_if_nonfinite and not total_norm.isfinite()):
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+        return total_norm
+
 
 def _is_plain(gradient: Tensor) -> bool:
     return (
