@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -215,16 +216,22 @@ def test_a_run_that_was_started_again_says_how_often(environ, variables):
 
 PROCESS = """
 import json, sys
-from torch import nn
+import torch
 from esper_telemetry import start_textfile, watch
 
-monitor = watch(nn.Linear(2, 1))
+model = torch.nn.Linear(6, 1)
+monitor = watch(model)
 run = monitor.snapshot.run
 exporter = start_textfile(monitor, sys.argv[1])
+model(torch.full((1, 6), float("nan") if run.rank else 1.0)).sum().backward()
 print(json.dumps([run.run_id, run.rank, run.world_size, run.local_rank, exporter.path.name]))
 sys.stdin.read()
 exporter.close()
 """
+
+
+def nans(path):
+    return float(re.search(r"^esper_nan_grad_recent_max{.*} (\S+)$", path.read_text(), re.MULTILINE)[1])
 
 
 @pytest.mark.parametrize(
@@ -243,9 +250,10 @@ def test_two_processes_of_a_launcher_share_neither_a_textfile_nor_a_port(common,
     runs = [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
     said = [json.loads(run.stdout.readline()) for run in runs]
     names = set(os.listdir(tmp_path))
+    worst = [nans(tmp_path / name) for *_, name in said]
     for run in runs:
         run.communicate()
     assert [(rank, world_size, local_rank) for _, rank, world_size, local_rank, _ in said] == [(0, 2, 0), (1, 2, 1)]
     assert {name for *_, name in said} == names
-    assert len(names) == 2
+    assert (len(names), worst) == (2, [0, 6])
     assert run_id is None or {each for each, *_ in said} == {run_id}

@@ -1,5 +1,6 @@
 """`esper drill` against a real trainer, Prometheus and Alertmanager."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,11 +19,12 @@ def stack(tmp_path):
 
 
 def drill(stack, exporter, prometheus=None):
-    """Run `esper drill` as an operator would."""
+    """Run `esper drill` as an operator would, where all that leaves the host goes through a proxy."""
     command = [Path(sys.executable).with_name("esper"), "drill", "--timeout", "60"]
     command += ["--exporter", exporter, "--alertmanager", stack.alertmanager.url]
     command += ["--prometheus", prometheus or stack.prometheus[0].url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 
 
 def test_a_drill_is_seen_at_every_station_and_pages_as_a_drill_only(stack):
