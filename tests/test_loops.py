@@ -19,6 +19,10 @@ PLAIN = {
     "torch.compile": 12,
     "Activation checkpointing": 12,
     "An optimizer in backward": 12,
+    "Update as you go": 12,
+    "LoRA and unfreezing": 12,
+    "A model that changes": 12,
+    "Passes that are not training": 12,
     "Gradients by hand": 12,
     "torch.func": 12,
     "Intervention": 12,
@@ -26,6 +30,11 @@ PLAIN = {
     "Several optimizers": 24,
 }
 """Loops of docs/loops.md, and how many checks they make of 12 batches."""
+
+CHANGING = ("LoRA and unfreezing", "A model that changes")
+
+AT = {"LoRA and unfreezing": 1, "Passes that are not training": 14}
+"""How often a gradient reaches the body's first layer up to check 7, where it is not once in each."""
 
 each_loop = pytest.mark.parametrize("loop", PLAIN)
 
@@ -100,7 +109,9 @@ def test_a_healthy_loop_stays_healthy_and_is_bit_equal_without_our_lines(loop, m
     if PLAIN[loop] is not None:
         assert len(run.seen) == PLAIN[loop]
     elements = sum(parameter.numel() for parameter in Network().parameters())
-    assert {snapshot.elements for snapshot in run.seen} <= {elements, 2 * elements}
+    if loop not in CHANGING:
+        assert {snapshot.elements for snapshot in run.seen} <= {elements, 2 * elements}
+    assert not any(snapshot.unmeasured_layers for snapshot in run.seen)
     assert run.seen[-1].monitor_errors == 0
 
 
@@ -108,7 +119,7 @@ def test_a_healthy_loop_stays_healthy_and_is_bit_equal_without_our_lines(loop, m
 @pytest.mark.parametrize("loop", [each for each in PLAIN if each not in ("torch.func", "Mixed precision")])
 def test_one_bad_element_is_named_with_its_kind_layer_and_check(loop, kind, value, monkeypatch):
     network = "generator" if loop == "Several optimizers" else "model"
-    run = Run(blocks()[loop], monkeypatch, f"{network}.body.0.weight", value, at=7)
+    run = Run(blocks()[loop], monkeypatch, f"{network}.body.0.weight", value, at=AT.get(loop, 7))
     first = run.bad[0]
     # The generator's gradients arrive in every second pass.
     assert first.checks == (14 if loop == "Several optimizers" else 7)
