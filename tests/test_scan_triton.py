@@ -50,7 +50,7 @@ def stand_ins():
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_pinned", lambda *shape, dtype=torch.int64: torch.empty(shape, dtype=dtype))
+        patch.setattr(cuda, "_pinned", lambda *shape, dtype=torch.int64: torch.empty(shape, dtype=dtype, device="cpu"))
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0))
@@ -183,6 +183,12 @@ def test_a_launch_before_the_last_result_was_fetched_has_buffers_of_its_own():
     assert len(plan._free) == 2
     scanner.launch([gradient]).result()
     assert len(plan._free) == 2
+
+
+def test_the_default_device_of_a_loop_does_not_matter():
+    given_gradients = [torch.ones(10, device=DEVICE), torch.full((3,), math.nan, device=DEVICE)]
+    with torch.device("meta"):
+        assert CudaScanner().launch(given_gradients).result().bad == {1: (0, 3)}
 
 
 def test_the_layouts_that_are_remembered_are_bounded():

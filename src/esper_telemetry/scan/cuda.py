@@ -25,6 +25,8 @@ _DTYPES = {
     torch.float16: tl.float16,
 }
 _PLANS = 16
+_CPU = torch.device("cpu")  # said where it matters: a loop may have made another device the default
+_LIMITS = torch.tensor([0, 0, DEAD_ZERO_FRACTION, EXPLODING_LARGE_FRACTION], dtype=torch.float64, device=_CPU)
 
 _LAYOUT = attrgetter("layout")
 _DTYPE = attrgetter("dtype")
@@ -58,7 +60,10 @@ class CudaScanner:
 
     def _plan(self, device: torch.device, layers: _Layers) -> _Plan:
         key = device, torch.cuda.current_stream(device).cuda_stream, *layers.layout
-        plan = self._plans.pop(key, None) or _Plan(device, layers)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            with _CPU:
+                plan = _Plan(device, layers)
         self._plans[key] = plan  # the most recent last
         if len(self._plans) > _PLANS:
             del self._plans[next(iter(self._plans))]
@@ -92,14 +97,15 @@ class PendingCudaScan:
             elements += plan.elements
             for place, norm in zip(plan.places, found.view(torch.float64)[:, -1].tolist(), strict=True):
                 norms[place] = norm
-            if found[:, :2].any():
+            layers_with_inf, layers_with_nan, now_dead, now_exploding = plan.judge(found)
+            if layers_with_inf or layers_with_nan:
                 bad |= {
                     place: (inf, nan)
                     for place, (inf, nan) in zip(plan.places, found[:, :2].tolist(), strict=True)
                     if inf or nan
                 }
-            dead += int(((plan.numels - found[:, 2]) / plan.divisors > DEAD_ZERO_FRACTION).sum())
-            exploding += int((found[:, 3] / plan.divisors > EXPLODING_LARGE_FRACTION).sum())
+            dead += now_dead
+            exploding += now_exploding
         return Scan(norms, dict(sorted(bad.items())), elements, dead, exploding)
 
 
@@ -144,8 +150,10 @@ class _Plan:
         cut.sort(key=lambda each: str(each[2]))
         self.places = [place for place, *_ in cut]
         self.elements = sum(layer_numels)
-        self.numels = torch.tensor([numel for _, numel, *_ in cut], dtype=torch.float64)
-        self.divisors = self.numels.clamp(min=1)
+        sizes = torch.tensor([numel for _, numel, *_ in cut], dtype=torch.float64)
+        none, divisors = torch.zeros_like(sizes), sizes.clamp(min=1)
+        self._offsets = torch.stack([none, none, sizes, none], dim=1)
+        self._divisors = torch.stack([none + 1, none + 1, -divisors, divisors], dim=1)
         self._groups: list[tuple[torch.dtype, int, int]] = []
         self._free: list[_Slot] = []
         chunks: list[Tensor] = []
@@ -197,6 +205,12 @@ class _Plan:
         results = slot.results_host.clone()
         self._free.append(slot)
         return results
+
+    def judge(self, found: Tensor) -> list[int]:
+        """Return how many layers have an Inf, have a NaN, are dead, and explode."""
+        # Few operations, since each takes the host longer than the numbers do: (nonzero - n) / -n are the zeros of n.
+        exceeds = (found[:, :-1] - self._offsets) / self._divisors > _LIMITS
+        return exceeds.sum(dim=0).tolist()
 
     def _on_device(self) -> torch.cuda.device:
         # A thread that never chose a device would open a context on device 0, which may be another process's.
@@ -250,7 +264,7 @@ def _chunks(segment: int, numel: int) -> Tensor:
 
 
 def _pinned(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device=_CPU, pin_memory=True)
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
