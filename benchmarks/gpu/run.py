@@ -67,14 +67,14 @@ def sections(place: Place) -> dict[str, Measure]:
         "ceiling": partial(measure_ceiling, place.device, numel, place.processors, 12 * seconds),
         "behaviour": partial(measure_behaviour, place.device, launch, *((TINY, 2) if place.rehearsal else (SMALL, 20))),
         "small-fp32": checks("small-fp32", 15),
+        "ppo-fp32": checks("ppo-fp32", 8),
         "xl-fp32": checks("xl-fp32", 15),
         "xl-bf16": checks("xl-bf16", 15),
         "step": partial(measure_step, place.device, size, 75 * seconds, 3 if place.rehearsal else 60),
-        "ppo-fp32": checks("ppo-fp32", 8),
         "gpt2-fp32": checks("gpt2-fp32", 12),
         "gpt2-bf16": checks("gpt2-bf16", 12),
-        "7b-bf16": checks("7b-bf16", 15),
         "7b-fp32": checks("7b-fp32", 20),
+        "7b-bf16": checks("7b-bf16", 15),
     }
 
 
