@@ -25,8 +25,10 @@ that waits for the device within a call is timed with its gaps. *Host* is the ti
 time of calls one after the other until the device is done. A check is launched and its result fetched as a monitor
 does it, when it is there. Ratios are taken within a round. Before anything is timed, every check is held to what
 `isinf` and `isnan` find, layer by layer. Gradients larger than the last cache are copied until all copies are eight
-times as large as it, up to four, and the copies take turns. In the training step the noise is what the run without a
-monitor differs from itself, and two standard errors of that; where it exceeds the target, nothing is decided.
+times as large as it, up to four, and the copies take turns. `monitor.update()` is given gradients that no backward pass
+has made; then it tags every parameter again, which training spares the host. In the training step the noise is what the
+run without a monitor differs from itself, and two standard errors of that; where it exceeds the target, nothing is
+decided.
 """
 
 _FACTS = {
