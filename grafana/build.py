@@ -13,14 +13,15 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard
 
-from grafana import banner, heads, health, layers, ppo, queries, run
-from grafana.panels import RUNBOOKS, SOURCE, Placed
+from grafana import banner, heads, health, layers, ppo, queries, run, training
+from grafana.panels import ADDRESSES, RUNBOOKS, SOURCE, Placed
 
 DASHBOARD = Path(__file__).with_name("dashboards") / "esper.json"
 SCHEMA_VERSION = 39  # the SDK writes 36; nothing here changed in between
 ALL = dashboard.VariableOption(selected=True, text="All", value="$__all")
 ROWS = {
     "Health": health.panels,
+    "Training": training.panels,
     "Layers": layers.panels,
     "Heads": heads.panels,
     "PPO": ppo.panels,
@@ -75,8 +76,8 @@ def _choice(name: str, label: str, asked: str) -> builders.QueryVariable:
 
 
 def _alertmanager() -> builders.ConstantVariable:
-    """Keep the address of Alertmanager, for the link."""
-    return builders.ConstantVariable("alertmanager").label("Alertmanager").value("http://localhost:9093")
+    """Keep the address of Alertmanager, for the links."""
+    return builders.ConstantVariable("alertmanager").label("Alertmanager").value(ADDRESSES["alertmanager"])
 
 
 def _annotation() -> builders.AnnotationQuery:
@@ -85,7 +86,7 @@ def _annotation() -> builders.AnnotationQuery:
 
 
 def _links() -> list[builders.DashboardLink]:
-    links = (("Runbooks", RUNBOOKS.replace("/blob/", "/tree/")), ("Alertmanager", "${alertmanager}"))
+    links = (("Runbooks", RUNBOOKS), ("Alertmanager", "${alertmanager}"))
     return [
         builders.DashboardLink(title).type(dashboard.DashboardLinkType.LINK).url(url).target_blank(True).icon("doc")
         for title, url in links

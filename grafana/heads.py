@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana import queries as q
 from grafana.panels import ALARM, Placed, graph, now, number, query
-from grafana.queries import largest
+from grafana.queries import peak
 
 
 def panels() -> list[Placed]:
@@ -13,7 +13,7 @@ def panels() -> list[Placed]:
         "Norm per head",
         "L2 norm of each head's gradient before clipping, the largest of any instance. Normal is that no head is far "
         "above or below the others for long.",
-        query(largest("esper_head_grad_norm", "head"), "{{head}}"),
+        query(peak("esper_head_grad_norm", "head"), "{{head}}"),
         log=10,
         no_value="No heads are watched",
     )
@@ -21,7 +21,7 @@ def panels() -> list[Placed]:
         "Heads that ever held Inf or NaN",
         "Latched for the whole run: BAD says that some check of this run found that kind in that head, on any "
         "instance. Normal is clean.",
-        now(largest("esper_head_nonfinite_latched", "head", "kind", window=q.WINDOW), "{{head}} {{kind}}"),
+        now(peak("esper_head_nonfinite_latched", "head", "kind", window=q.WINDOW), "{{head}} {{kind}}"),
         words={"0": ("clean", "transparent"), "1": ("BAD", ALARM)},
         no_value="No heads are watched",
         fill=True,

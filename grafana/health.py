@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from grafana import queries as q
 from grafana.panels import (
+    CALM,
     CRITICAL,
     GREY,
     KIND_COLOURS,
     ORANGE,
     RED,
+    RUN,
     RUNBOOKS,
     STATE_WORDS,
+    WARNING,
     Panel,
     Placed,
+    alertmanager,
     cells,
     column,
     count_column,
@@ -23,7 +27,7 @@ from grafana.panels import (
     query,
     timeline,
 )
-from grafana.queries import happened, largest
+from grafana.queries import happened, largest, peak
 
 HIGH_NORM, EXPLODED_NORM = 5, 10
 
@@ -33,7 +37,7 @@ def panels() -> list[Placed]:
     return [
         Placed(_state_over_time(), 0, 0, 14, 8),
         Placed(_firing(), 14, 0, 10, 8),
-        Placed(_instances(), 0, 8, 24, 7),
+        Placed(_runs(), 0, 8, 24, 7),
         Placed(_counts_over_time(), 0, 15, 12, 8),
         Placed(_bad_checks(), 12, 15, 12, 8),
         Placed(_norm(), 0, 23, 10, 8),
@@ -47,7 +51,7 @@ def _state_over_time() -> Panel:
         "State per instance",
         f"The state of each instance over time; with more than {q.LINES}, those with the worst check. Normal is one "
         "even line that says HEALTHY.",
-        query(f"max by (instance) ({q.state()} and on (job, instance) {q.worst_instances()})", "{{instance}}"),
+        query(q.state_history(), RUN),
         words=STATE_WORDS,
     )
 
@@ -55,48 +59,59 @@ def _state_over_time() -> Panel:
 def _firing() -> Panel:
     panel = listing(
         "Firing alerts",
-        "Every alert that fires on the chosen instances; its name leads to its runbook. Normal is none.",
-        cells(f"max by (alertname, severity, instance) ({q.firing()})", "A"),
-        columns={"alertname": "Alert", "severity": "Severity", "instance": "Instance", "Value": "Firing"},
+        "Every alert that fires on the chosen instances. Its name leads to its runbook, its group and its instance to "
+        "Alertmanager: what has the same group is one page. Normal is none.",
+        cells(q.firing_alerts(), "A"),
+        columns={
+            "alertname": "Alert",
+            "severity": "Severity",
+            "run_id": "Run",
+            "run": "Group",
+            "instance": "Instance",
+            "Value": "Firing",
+        },
         first="Severity",
         descending=False,
         no_value="No alert fires",
     )
     runbook = link("What to do", f"{RUNBOOKS}/${{__value.text}}.md")
-    panel = column(panel, "Alert", links=runbook, width=210)
+    panel = column(panel, "Alert", links=runbook, width=190)
     severities = {"critical": ("critical", RED), "warning": ("warning", ORANGE)}
-    panel = column(panel, "Severity", words=severities, cell={"type": "color-text"}, width=90)
+    panel = column(panel, "Severity", words=severities, cell={"type": "color-text"}, width=80)
+    panel = column(panel, "Run", noValue="-")
+    panel = column(panel, "Group", links=alertmanager("run"))
+    panel = column(panel, "Instance", links=alertmanager("instance"))
     return column(panel, "Firing", **{"custom.hidden": True})
 
 
-def _instances() -> Panel:
+def _runs() -> Panel:
     panel = listing(
-        "Instances",
-        "Every chosen instance with its run, the worst first; its name leads to the exporter's own page. Normal is "
-        "HEALTHY in every line, and a last check of some seconds ago.",
-        cells(f"max by (instance) ({q.state()})", "A"),
-        cells(q.worst_count("nan", " by (instance)"), "B"),
-        cells(q.worst_count("inf", " by (instance)"), "C"),
+        "Runs",
+        "Every chosen run, a line for each of its instances, the worst first; the address leads to the exporter's own "
+        "page. Normal is HEALTHY in every line, a last check of some seconds ago, and no layer that was not measured.",
+        cells(q.states(), "A"),
+        cells(q.count_per_instance("nan"), "B"),
+        cells(q.count_per_instance("inf"), "C"),
         cells(q.origin_per_instance(), "D"),
-        cells(q.unchecked_seconds(" by (instance)"), "E"),
-        cells(q.run_of_instance(), "F"),
+        cells(q.unchecked_seconds_per_instance(), "E"),
+        cells(q.unmeasured_per_instance(), "F"),
         columns={
-            "instance": "Instance",
+            "run_id": "Run",
             "Value #A": "State",
             "Value #B": "NaN",
             "Value #C": "Inf",
             "layer": "First bad layer",
             "kind": "Kind",
             "Value #E": "Last check",
-            "run_id": "Run",
+            "Value #F": "Not measured",
             "rank": "Rank",
             "world_size": "Ranks",
             "host": "Host",
+            "instance": "Instance",
             "Value #D": "D",
-            "Value #F": "F",
         },
         first="State",
-        no_value="No instance is known",
+        no_value="No run is known",
     )
     panel = column(panel, "Instance", links=link("The exporter's page", "http://${__value.text}/"))
     panel = column(panel, "State", words=STATE_WORDS, cell={"type": "color-background", "mode": "basic"}, width=140)
@@ -105,19 +120,20 @@ def _instances() -> Panel:
     for name in ("First bad layer", "Kind"):
         panel = column(panel, name, noValue="-")
     panel = column(panel, "Last check", unit="s", decimals=0, words={"nan": ("never", GREY)}, noValue="-", width=110)
-    for name in ("D", "F"):
-        panel = column(panel, name, **{"custom.hidden": True})
-    return panel
+    steps = ((None, CALM), (1, ORANGE))
+    panel = column(panel, "Not measured", steps=steps, cell={"type": "color-text"}, noValue="-", width=110)
+    return column(panel, "D", **{"custom.hidden": True})
 
 
 def _counts_over_time() -> Panel:
     panel = graph(
         "Inf and NaN in one check",
         "The worst single check of each point's time, and of the recent window (2 minutes) before it: a bad check "
-        "draws a plateau, and none falls between two points. Normal is 0; above the dashed line, 5, it is critical.",
-        query(f"max({largest('esper_inf_grad_recent_max', 'instance')})", "Inf", "A"),
-        query(f"max({largest('esper_nan_grad_recent_max', 'instance')})", "NaN", "B"),
-        marks=((CRITICAL - 0.5, RED),),
+        "draws a plateau, and none falls between two points. Normal is 0; from the amber line on it is a warning, and "
+        "above the red one, 5, critical.",
+        query(peak("esper_inf_grad_recent_max"), "Inf", "A"),
+        query(peak("esper_nan_grad_recent_max"), "NaN", "B"),
+        marks=((WARNING - 0.5, ORANGE), (CRITICAL - 0.5, RED)),
         top=CRITICAL + 1,
     )
     return paint(panel, KIND_COLOURS)
@@ -131,7 +147,7 @@ def _bad_checks() -> Panel:
         query(happened("esper_nonfinite_checks_total", "kind", "tier"), "{{kind}} {{tier}}"),
         stacked=True,
     )
-    colours = {"inf warning": "light-orange", "inf critical": ORANGE, "nan warning": "light-red", "nan critical": RED}
+    colours = {"inf warning": "light-orange", "nan warning": ORANGE, "inf critical": "light-red", "nan critical": RED}
     return paint(panel.decimals(0), colours)
 
 
@@ -141,7 +157,7 @@ def _norm() -> Panel:
         "L2 norm over everything watched: the largest of each point's time, and its median over 10 minutes as the "
         "trend. Normal depends on the model; what counts is a trend that rises. The dashed lines are the optional "
         "alerts of alerts/norm.yml, 5 (high) and 10 (exploding). Gaps are norms that overflowed.",
-        query(f"topk({q.LINES}, {largest('esper_grad_norm')})", "{{instance}}", "A"),
+        query(f"topk({q.LINES}, {largest('esper_grad_norm')})", RUN, "A"),
         query(f"max({_median_norm()})", "trend", "B"),
         marks=((HIGH_NORM, ORANGE), (EXPLODED_NORM, RED)),
         log=10,
@@ -157,9 +173,9 @@ def _dead_and_exploding() -> Panel:
     panel = graph(
         "Dead and exploding layers",
         "Dead: over 90 % exact zeros in the gradient. Exploding: over 10 % of the elements beyond 10. Of the worst "
-        "instance. Normal is 0 of both; 1 for 5 minutes warns, 3 is critical.",
-        query(f"max({largest('esper_dead_layers')})", "dead", "A"),
-        query(f"max({largest('esper_exploding_layers')})", "exploding", "B"),
+        "instance. Normal is 0 of both, but for the first steps; 1 that stays for 10 to 15 minutes warns, 3 page.",
+        query(peak("esper_dead_layers"), "dead", "A"),
+        query(peak("esper_exploding_layers"), "exploding", "B"),
         marks=((1, ORANGE), (3, RED)),
         top=4,
     )

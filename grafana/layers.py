@@ -16,7 +16,7 @@ from grafana.panels import (
     query,
     timeline,
 )
-from grafana.queries import largest
+from grafana.queries import peak
 
 
 def panels() -> list[Placed]:
@@ -45,6 +45,7 @@ def _worst_layers() -> Panel:
             "Value #B": "Inf",
             "Value #C": "Share",
             "Value #D": "Norm",
+            "run_id": "Run",
             "instance": "Instance",
         },
         first="Share",
@@ -61,14 +62,14 @@ def _origin_history() -> Panel:
         "Where it began",
         "The layer nearest the loss that was bad, for as long as its count is shown. Normal is an empty panel; the "
         "first line to begin is the one to look at.",
-        query(q.origin_history(), "{{layer}} {{kind}} · {{instance}}"),
+        query(q.origin_history(), "{{layer}} {{kind}} · {{run_id}} · {{instance}}"),
         words={"1": ("bad", ALARM)},
         no_value="No bad layer in this time",
     )
 
 
 def _layer_norms() -> Panel:
-    norms = largest("esper_layer_grad_norm", "layer")
+    norms = peak("esper_layer_grad_norm", "layer")
     return graph(
         "Layer norms, the largest",
         "L2 norm of each layer's gradient before clipping, the largest of any instance. Normal is a steady order; one "
@@ -84,8 +85,8 @@ def _layer_counts() -> Panel:
         "Bad elements per layer, the worst",
         "The most Inf and NaN elements in one check of the recent window, per layer, of any instance. Normal is an "
         "empty panel.",
-        query(f"topk({q.LINES}, {largest('esper_layer_inf_grad_count', 'layer')} > 0)", "{{layer}} Inf", "A"),
-        query(f"topk({q.LINES}, {largest('esper_layer_nan_grad_count', 'layer')} > 0)", "{{layer}} NaN", "B"),
+        query(f"topk({q.LINES}, {peak('esper_layer_inf_grad_count', 'layer')} > 0)", "{{layer}} Inf", "A"),
+        query(f"topk({q.LINES}, {peak('esper_layer_nan_grad_count', 'layer')} > 0)", "{{layer}} NaN", "B"),
         legend="right",
         no_value="No bad layer in this time",
     )

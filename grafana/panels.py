@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import yaml
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as dashboard_builders
 from grafana_foundation_sdk.builders import prometheus, stat, statetimeline, table, timeseries
@@ -14,15 +16,17 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from grafana.queries import STATES
 
-RUNBOOKS = "https://github.com/esper-telemetry/esper-telemetry/blob/main/alerts/runbooks"
+ADDRESSES: dict[str, str] = yaml.safe_load((Path(__file__).parents[1] / "deploy" / "addresses.yml").read_text())
+RUNBOOKS = ADDRESSES["runbooks"]
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
 CALM = "text"
 GREY = "#8e9096"
 RED = "red"
-ALARM = "semi-dark-red"  # behind white text
 ORANGE = "orange"
-KIND_COLOURS = {"Inf": ORANGE, "NaN": RED}
+AMBER, ALARM = STATES["WARNING"], STATES["CRITICAL"]  # behind white text
+KIND_COLOURS = {"NaN": "purple", "Inf": "blue"}  # neither says how bad it is; amber and red do, for both alike
 WARNING, CRITICAL = 1, 6  # the least count of each tier
+RUN = "{{run_id}} · {{instance}}"
 STATE_WORDS = {str(code): (name, colour) for code, (name, colour) in enumerate(STATES.items())}
 NONE = "none"  # Grafana's unit of plain numbers and of words
 
@@ -117,6 +121,12 @@ def graph(
     return panel
 
 
+def free_axis(panel: timeseries.Panel) -> timeseries.Panel:
+    """Let the axis begin where the values do, for what may be negative or has no natural zero."""
+    panel.build().field_config.defaults.min_val = None
+    return panel
+
+
 def timeline(
     title: str, description: str, *queries: Query, words: Words, no_value: str = "no data"
 ) -> statetimeline.Panel:
@@ -165,14 +175,20 @@ def column(panel: table.Panel, name: str, **properties: Any) -> table.Panel:
 
 
 def count_column(panel: table.Panel, name: str) -> table.Panel:
-    """Make a column of counts, red from 1."""
-    steps = ((None, CALM), (WARNING, RED))
+    """Make a column of counts, amber from 1 and red from 6."""
+    steps = ((None, CALM), (WARNING, ORANGE), (CRITICAL, RED))
     return column(panel, name, unit="locale", steps=steps, cell={"type": "color-text"}, noValue="-", width=80)
 
 
 def link(title: str, url: str) -> list[dict[str, object]]:
     """Make the link of a column."""
     return [{"title": title, "url": url, "targetBlank": True}]
+
+
+def alertmanager(label: str) -> list[dict[str, object]]:
+    """Make the link of a column to the alerts in Alertmanager that have its value as this label."""
+    matcher = f"%7B{label}%3D%22${{__value.text:percentencode}}%22%7D"
+    return link("In Alertmanager", f"${{alertmanager}}/#/alerts?filter={matcher}")
 
 
 def paint(panel: Any, colours: Mapping[str, str]) -> Any:

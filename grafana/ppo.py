@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from grafana.panels import CRITICAL, KIND_COLOURS, NONE, RED, Panel, Placed, graph, paint, query
-from grafana.queries import happened, largest, latest
+from grafana.panels import CRITICAL, KIND_COLOURS, NONE, RED, RUN, Panel, Placed, free_axis, graph, paint, query
+from grafana.queries import latest, peak, rate
 
 
 def panels() -> list[Placed]:
@@ -32,16 +30,11 @@ def _of_update(title: str, metric: str, normal: str, unit: str = NONE) -> Panel:
     panel = graph(
         title,
         f"Of the last PPO update, per instance. {normal}",
-        query(latest(f"esper_ppo_{metric}"), "{{instance}}"),
+        query(latest(f"esper_ppo_{metric}"), RUN),
         unit=unit,
         no_value="No PPO run",
     )
-    return _free_axis(panel)
-
-
-def _free_axis(panel: Any) -> Panel:
-    panel.build().field_config.defaults.min_val = None
-    return panel
+    return free_axis(panel)
 
 
 def _losses() -> Panel:
@@ -49,19 +42,19 @@ def _losses() -> Panel:
         "Losses",
         "Policy and value loss of the last PPO update, per instance. Normal: the policy loss is about 0, the value "
         "loss falls.",
-        query(latest("esper_ppo_policy_loss"), "policy {{instance}}", "A"),
-        query(latest("esper_ppo_value_loss"), "value {{instance}}", "B"),
+        query(latest("esper_ppo_policy_loss"), f"policy {RUN}", "A"),
+        query(latest("esper_ppo_value_loss"), f"value {RUN}", "B"),
         no_value="No PPO run",
     )
-    return _free_axis(panel)
+    return free_axis(panel)
 
 
 def _pace() -> Panel:
     return graph(
         "Updates and episodes per second",
         "How fast the run goes on. Normal is steady; a line that falls to 0 is a run that hangs.",
-        query(happened("esper_ppo_updates_total", function="rate"), "updates {{instance}}", "A"),
-        query(happened("esper_ppo_episodes_total", function="rate"), "episodes {{instance}}", "B"),
+        query(rate("esper_ppo_updates_total"), f"updates {RUN}", "A"),
+        query(rate("esper_ppo_episodes_total"), f"episodes {RUN}", "B"),
         unit="cps",
         no_value="No PPO run",
     )
@@ -71,8 +64,8 @@ def _bad() -> Panel:
     panel = graph(
         "Inf and NaN in the worst check of an update",
         "The same counts as above, by PPO update. Normal is 0.",
-        query(f"max({largest('esper_ppo_inf_grads')})", "Inf", "A"),
-        query(f"max({largest('esper_ppo_nan_grads')})", "NaN", "B"),
+        query(peak("esper_ppo_inf_grads"), "Inf", "A"),
+        query(peak("esper_ppo_nan_grads"), "NaN", "B"),
         marks=((CRITICAL - 0.5, RED),),
         top=CRITICAL + 1,
         no_value="No PPO run",

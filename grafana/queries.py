@@ -1,8 +1,8 @@
 """The dashboard's PromQL: what was worst within a window, for the chosen job, instances and run.
 
-Three windows: `WINDOW`, the 5 minutes of the page's own rule, is what "now" means in the banner; `MEMORY` is how long a
-target that is gone is still known; `$__rate_interval` joins one point of a graph to the next, so that no spike falls
-between two points, however far one zooms out.
+Three windows: `WINDOW` is what "now" means in the banner, the recent window and the 3 minutes of the page's own rule;
+`MEMORY` is how long a target that is gone is still known; `$__rate_interval` joins one point of a graph to the next, so
+that no spike falls between two points, however far one zooms out.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ WINDOW = "5m"
 MEMORY = "1h"
 STEP = "$__rate_interval"
 CHOSEN = 'job=~"$job", instance=~"$instance"'
+CHOSEN_RUN = 'run_id=~"$run_id"'
 NONFINITE = "instance_kind:esper_nonfinite_grad:recent_max"
-NONFINITE_ALERTS = "EsperInfGradients|EsperNaNGradients"
+STATE = "instance:esper_run:state"
+LAST_WORD = "instance:esper_run:last_word"
+TROUBLE = (
+    "EsperInfGradients|EsperNaNGradients|EsperTargetDown|EsperTargetAbsent|EsperLayersUnmeasured|EsperChecksStalled"
+    "|EsperNeverMeasured"
+)
 ROWS, LINES = 24, 12
 """How many instances or layers a table or a graph names at most, the worst first."""
 
@@ -22,10 +28,10 @@ STATES = {
     "DRILL": "blue",
     "NOT MEASURING": "#585a61",
     "WARNING": "#8f4a00",
-    "GONE": "#36383d",
+    "GONE": "dark-red",
     "CRITICAL": "semi-dark-red",
 }
-"""Every state with its colour, the worst last; the position is the state's value in `state()`."""
+"""Every state with its colour, the worst last; the position is the value of the recording rule `STATE`."""
 
 _CODES = {name: code for code, name in enumerate(STATES)}
 
@@ -37,73 +43,116 @@ def select(metric: str, *matchers: str) -> str:
 
 def of_run(expression: str, window: str = MEMORY) -> str:
     """Keep only what belongs to the chosen run; the run is joined, as no other metric carries it."""
-    run = select("esper_run_info", 'run_id=~"$run_id"')
+    run = select("esper_run_info", CHOSEN_RUN)
     return f"{expression} and on (job, instance) last_over_time({run}[{window}])"
 
 
-def largest(metric: str, *by: str, window: str = STEP) -> str:
-    """Return the largest value within the window, per instance unless `by` says otherwise."""
+def named(expression: str, *by: str, window: str = STEP, how: str = "max") -> str:
+    """Name the run of each instance, besides its address; `by` is what else tells the series apart."""
+    run = f"max by (job, instance, run_id) (last_over_time({select('esper_run_info', CHOSEN_RUN)}[{window}]))"
+    one = f"topk by (job, instance) (1, {run})"  # a window may have seen two runs on the same port
+    value = f"{how} by ({', '.join(('job', 'instance', *by))}) ({expression})"
+    return f"max by ({', '.join(('run_id', 'instance', *by))}) ({value} * on (job, instance) group_left (run_id) {one})"
+
+
+def peak(metric: str, *by: str, window: str = STEP) -> str:
+    """Return the largest value within the window, of any instance."""
     value = of_run(f"max_over_time({select(metric)}[{window}])", window)
-    return f"max by ({', '.join(by or ('instance',))}) ({value})"
+    return f"max by ({', '.join(by)}) ({value})" if by else f"max({value})"
 
 
-def latest(metric: str, *by: str) -> str:
-    """Return the value at each point, for what is a state and not a peak."""
-    return f"max by ({', '.join(by or ('instance',))}) ({of_run(select(metric), STEP)})"
+def largest(metric: str, *by: str, window: str = STEP) -> str:
+    """Return the largest value within the window, per instance."""
+    return named(f"max_over_time({select(metric)}[{window}])", *by, window=window)
 
 
-def happened(metric: str, *by: str, function: str = "increase") -> str:
-    """Return how much a counter grew."""
-    value = of_run(f"{function}({select(metric)}[{STEP}])", STEP)
-    return f"sum by ({', '.join(by or ('instance',))}) ({value})"
+def latest(metric: str) -> str:
+    """Return the value at each point, per instance, for what is a state and not a peak."""
+    return named(select(metric))
 
 
-def worst_count(kind: str, by: str = "") -> str:
-    """Return the largest count of any one check of the window that the page uses; 0 only where checks were made."""
-    counts = select(NONFINITE, f'kind="{kind}"')
-    return f"max{by} ({of_run(f'({counts} > 0 or {counts} and on (job, instance) ({_checking()}))')})"
+def rate(metric: str) -> str:
+    """Return how fast a counter grew, per instance."""
+    return named(f"rate({select(metric)}[{STEP}])", how="sum")
 
 
-def state() -> str:
-    """Return each instance's state: the worst of those that hold."""
-    real, drill = (f"max_over_time({select(NONFINITE, drill)}[{STEP}])" for drill in ('drill=""', 'drill!=""'))
-    down = f"{select('up')} == 0 unless on (job, instance) last_over_time({select('esper_run_ended')}[{MEMORY}]) == 1"
-    absent = select("ALERTS", 'alertname="EsperTargetAbsent"', 'alertstate="firing"')
-    conditions = {
-        "CRITICAL": f"{real} > 5",
-        "GONE": f"({down}) or {absent}",
-        "WARNING": f"{real} > 0",
-        "DRILL": f"{drill} > 0",
-        "ENDED": f"{select('esper_run_ended')} == 1",
-        "HEALTHY": _checking(),
-        "NOT MEASURING": select("esper_last_check_timestamp_seconds"),
-    }
-    alternatives = (f"{_CODES[name]} * group by (job, instance) ({holds})" for name, holds in conditions.items())
-    return f"({' or '.join(alternatives)}) and on (job, instance) {_known_run()}"
+def happened(metric: str, *by: str) -> str:
+    """Return how much a counter grew, over all instances."""
+    value = of_run(f"increase({select(metric)}[{STEP}])", STEP)
+    return f"sum by ({', '.join(by)}) ({value})" if by else f"sum({value})"
 
 
-def origin() -> str:
+def states() -> str:
+    """Return the state of every instance, with its run."""
+    return f"max by (run_id, rank, world_size, host, instance) ({_state()})"
+
+
+def state_history() -> str:
+    """Return the worst state of each point's time, per instance; of many, those with the worst of the shown time."""
+    history = f"max_over_time({_state()}[{STEP}])"
+    shown = f"max by (job, instance) (max_over_time({_state()}[$__range] @ end()))"
+    return f"max by (run_id, instance) ({history} and on (job, instance) topk({LINES}, {shown}))"
+
+
+def headline_state() -> str:
+    """Return the worst state, and whose it is: the one run that the banner speaks of."""
+    return f"max by (run_id, instance) ({of_headline(_state())})"
+
+
+def of_headline(expression: str) -> str:
+    """Keep the instance in the worst state; of several, the one with the worst check."""
+    count = f"max by (job, instance) ({select(NONFINITE)})"
+    badness = f"{_state()} + on (job, instance) group_left () ({count} / ({count} + 1)) or {_state()}"
+    return f"{expression} and on (job, instance) topk(1, {badness})"
+
+
+def headline_count(kind: str) -> str:
+    """Return the banner's count of a kind."""
+    return f"max({of_headline(f'({_counts(kind)})')})"
+
+
+def count_per_instance(kind: str) -> str:
+    """Return the count of a kind of every instance."""
+    return f"max by (instance) (({_counts(kind)}) and on (job, instance) {_state()})"
+
+
+def headline_origin() -> str:
     """Return when the last bad check was, in milliseconds, labelled with where it began; 0 where there was none."""
-    return f"topk(1, {_origins('job, instance')}) or on () {_no_origin()}"
+    measured = f"({select('esper_last_check_timestamp_seconds')} > 0 unless on (job, instance) {_unmeasured()} > 0)"
+    none = f'label_replace(0 * max({of_headline(measured)}), "layer", "none", "", "")'
+    return f"topk(1, {of_headline(_origins())}) or on () {none}"
 
 
 def origin_per_instance() -> str:
-    """Return the same for every instance, as 1."""
-    per_instance = f"topk by (instance) (1, {_origins('job, instance')})"
-    return f"max by (instance, layer, kind) ({of_run(per_instance)}) > bool 0"
+    """Return where the last bad check of every instance began, as 1."""
+    last = f"topk by (instance) (1, {_origins()})"
+    return f"max by (instance, layer, kind) ({last} and on (job, instance) {_state()}) > bool 0"
 
 
-def bad_since() -> str:
-    """Return when the oldest alert on Inf or NaN that is still on began, in milliseconds; 0 where none is."""
-    alerts = select("ALERTS_FOR_STATE", f'alertname=~"{NONFINITE_ALERTS}"')
-    return f"1000 * min({of_run(alerts)}) or 0 * max({of_run(_checking())})"
+def headline_since() -> str:
+    """Return when the oldest alert on the banner's run that is still on began, in milliseconds; 0 where none is."""
+    alerts = select("ALERTS_FOR_STATE", f'alertname=~"{TROUBLE}"')
+    return f"1000 * min({of_headline(alerts)}) or 0 * max({of_headline(f'({_checking()})')})"
 
 
-def unchecked_seconds(by: str = "") -> str:
-    """Return the seconds since the last check, of the instance that waits longest; NaN before the first check."""
-    seen = f"last_over_time({select('esper_last_check_timestamp_seconds')}[{MEMORY}])"
-    running = f"time() - ({seen} unless on (job, instance) {select('esper_run_ended')} == 1)"
-    return f"max{by} ({of_run(running)})"
+def headline_unchecked_seconds() -> str:
+    """Return the seconds since the last check of the banner's run; NaN before the first."""
+    return f"max({of_headline(f'({_unchecked_seconds()})')})"
+
+
+def unchecked_seconds_per_instance() -> str:
+    """Return the same of every instance."""
+    return f"max by (instance) ({_unchecked_seconds()} and on (job, instance) {_state()})"
+
+
+def headline_unmeasured() -> str:
+    """Return how many layers of the banner's run could not be measured."""
+    return f"max({of_headline(f'({_not_measured()})')})"
+
+
+def unmeasured_per_instance() -> str:
+    """Return the same of every instance."""
+    return f"max by (instance) (({_not_measured()}) and on (job, instance) {_state()})"
 
 
 def firing(*matchers: str) -> str:
@@ -111,9 +160,24 @@ def firing(*matchers: str) -> str:
     return select("ALERTS", 'alertname=~"Esper.*"', 'alertname!="EsperWatchdog"', 'alertstate="firing"', *matchers)
 
 
+def firing_count(severity: str) -> str:
+    """Return how many alerts of a severity fire."""
+    alerts = firing(f'severity="{severity}"')
+    return f"count({alerts}) or 0 * max({_state()})"
+
+
+def firing_alerts() -> str:
+    """Return every alert that fires, with the name of its run where that is known, as 1."""
+    alerts = f"max by (job, instance, alertname, severity, run) ({firing()})"
+    run = f"max by (job, instance, run_id) ({_state()} >= bool 0)"
+    with_run = f"{alerts} * on (job, instance) group_left (run_id) {run}"
+    without = f"{alerts} unless on (job, instance) {_state()}"
+    return f"max by (alertname, severity, run, instance, run_id) ({with_run} or {without})"
+
+
 def bad_layers(metric: str) -> str:
     """Return the layers that held a bad element within the window, the worst first."""
-    return f"topk({ROWS}, {largest(metric, 'instance', 'layer', window=WINDOW)} > 0)"
+    return f"topk({ROWS}, {largest(metric, 'layer', window=WINDOW)} > 0)"
 
 
 def bad_share() -> str:
@@ -123,14 +187,10 @@ def bad_share() -> str:
     return f"{both} / on (instance) group_left () sum by (instance) {both} > 0"
 
 
-def _layer_counts(kind: str) -> str:
-    return largest(f"esper_layer_{kind}_grad_count", "instance", "layer", window=WINDOW)
-
-
 def bad_layer_norms() -> str:
     """Return the norms of the layers that held a bad element."""
     inf, nan = (_layer_counts(kind) for kind in ("inf", "nan"))
-    norms = largest("esper_layer_grad_norm", "instance", "layer", window=WINDOW)
+    norms = largest("esper_layer_grad_norm", "layer", window=WINDOW)
     return f"{norms} and ({inf} > 0 or {nan} > 0)"
 
 
@@ -138,36 +198,37 @@ def origin_history() -> str:
     """Return 1 where a layer was where it began, for as long as the count of that kind is shown."""
     bad = f"max_over_time({select(NONFINITE)}[{STEP}]) > 0"
     began = f"last_over_time({select('esper_origin_layer_info')}[{STEP}]) and on (job, instance, kind) ({bad})"
-    return f"max by (instance, layer, kind) ({of_run(f'({began})', STEP)})"
-
-
-def run_of_instance() -> str:
-    """Return the run of every instance, as 1."""
-    return f"max by (instance, run_id, rank, world_size, host) ({_known_run()})"
+    return named(began, "layer", "kind")
 
 
 def versions() -> str:
     """Return the versions that every instance runs, as 1."""
-    return f"max by (instance, version, torch, python) ({of_run(select('esper_build_info'))})"
+    return named(select("esper_build_info"), "version", "torch", "python", window=MEMORY)
 
 
-def worst_instances() -> str:
-    """Choose the instances with the worst check of the shown time, as many as one panel can name."""
-    history = f"max_over_time({select('esper_last_check_timestamp_seconds')}[$__range] @ end()) * 0"
-    counts = f"max by (job, instance) (max_over_time({select(NONFINITE)}[$__range] @ end()))"
-    return f"topk({LINES}, {counts} or max by (job, instance) ({history}))"
+def _state() -> str:
+    return select(STATE, CHOSEN_RUN)
 
 
-def _origins(by: str) -> str:
+def _counts(kind: str) -> str:
+    """Return the largest count of any one check: of a drill only where nothing is real, 0 only where all is known."""
+    real, made_up = (select(NONFINITE, f'kind="{kind}"', drill) for drill in ('drill=""', 'drill!=""'))
+    drill = f"{made_up} and on (job, instance) {_state()} == {_CODES['DRILL']}"
+    covered = f"{_checking()} unless on (job, instance) {_unmeasured()} > 0"
+    alternatives = (f"{real} > 0", drill, f"{real} and on (job, instance) ({covered})")
+    return " or on (job, instance) ".join(f"max by (job, instance) ({value})" for value in alternatives)
+
+
+def _layer_counts(kind: str) -> str:
+    return largest(f"esper_layer_{kind}_grad_count", "layer", window=WINDOW)
+
+
+def _origins() -> str:
+    by = "job, instance"
     layers = f"max by ({by}, layer, kind) (last_over_time({select('esper_origin_layer_info')}[{WINDOW}]))"
     times = select("esper_last_nonfinite_timestamp_seconds", 'drill=""')
     when = f"max by ({by}, kind) (1000 * last_over_time({times}[{WINDOW}]))"
-    return of_run(f"{layers} * on ({by}, kind) group_left () {when}")
-
-
-def _no_origin() -> str:
-    measured = f"{select('esper_last_check_timestamp_seconds')} > 0"
-    return f'label_replace(0 * max({of_run(measured)}), "layer", "none", "", "")'
+    return f"{layers} * on ({by}, kind) group_left () {when}"
 
 
 def _checking() -> str:
@@ -176,5 +237,17 @@ def _checking() -> str:
     return f"{checked} > 0 unless {checked} == {checked} offset {WINDOW}"
 
 
-def _known_run() -> str:
-    return of_run("").removeprefix(" and on (job, instance) ")
+def _unchecked_seconds() -> str:
+    """Return the seconds since the last check of what has not ended; a run that is gone is remembered by the rules."""
+    seen = f"last_over_time({select('esper_last_check_timestamp_seconds')}[{MEMORY}])"
+    last = f"({seen} or on (job, instance) {select(LAST_WORD)} > 0)"
+    return f"time() - ({last} unless on (job, instance) {_state()} == {_CODES['ENDED']})"
+
+
+def _unmeasured() -> str:
+    return f"max_over_time({select('esper_unmeasured_layers')}[{WINDOW}])"
+
+
+def _not_measured() -> str:
+    """Return how many layers could not be measured; 0 only where checks were made."""
+    return f"{_unmeasured()} > 0 or {_unmeasured()} and on (job, instance) ({_checking()})"

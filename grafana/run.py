@@ -1,10 +1,10 @@
-"""The row of the run: skipped steps, the cost of measuring, and our own health."""
+"""The row of the run: skipped steps, the cost of measuring, and errors of the exporter itself."""
 
 from __future__ import annotations
 
 from grafana import queries as q
-from grafana.panels import RED, Panel, Placed, cells, column, graph, listing, paint, query
-from grafana.queries import happened, largest, latest
+from grafana.panels import RED, RUN, Panel, Placed, cells, column, graph, listing, paint, query
+from grafana.queries import happened, latest, peak, rate
 
 
 def panels() -> list[Placed]:
@@ -14,7 +14,7 @@ def panels() -> list[Placed]:
         Placed(_amp(), 8, 0, 8, 7),
         Placed(_cost(), 16, 0, 8, 7),
         Placed(_pace(), 0, 7, 8, 7),
-        Placed(_faults(), 8, 7, 8, 7),
+        Placed(_errors(), 8, 7, 8, 7),
         Placed(_targets(), 16, 7, 8, 7),
         Placed(_versions(), 0, 14, 24, 5),
     ]
@@ -36,7 +36,7 @@ def _amp() -> Panel:
         "The scale of the GradScaler, the smallest of any instance, and the longest streak of skipped steps. Normal is "
         "a scale of 1,000 to 100,000 and a streak of 0 to 2; below a scale of 1 nothing is learned.",
         query(f"min({latest('esper_amp_scale')})", "scale", "A"),
-        query(f"max({largest('esper_amp_consecutive_skips')})", "skips in a row", "B"),
+        query(peak("esper_amp_consecutive_skips"), "skips in a row", "B"),
         no_value="No GradScaler is watched",
     )
     return column(
@@ -49,7 +49,7 @@ def _cost() -> Panel:
         "Cost of measuring",
         "Time spent measuring in the training thread, as a share of the wall time. Normal is below 3 %; many very "
         "small layers cost more.",
-        query(f"topk({q.LINES}, {happened('esper_monitor_seconds_total', function='rate')})", "{{instance}}"),
+        query(f"topk({q.LINES}, {rate('esper_monitor_seconds_total')})", RUN),
         unit="percentunit",
     )
 
@@ -58,21 +58,21 @@ def _pace() -> Panel:
     return graph(
         "Checks per second",
         "How often gradients are looked at. Normal is one check per backward pass, steadily; 0 is not measuring.",
-        query(f"bottomk({q.LINES}, {happened('esper_checks_total', function='rate')})", "{{instance}}"),
+        query(f"bottomk({q.LINES}, {rate('esper_checks_total')})", RUN),
         unit="cps",
     )
 
 
-def _faults() -> Panel:
+def _errors() -> Panel:
     return graph(
-        "Faults of our own",
+        "Exporter errors",
         "Pages that could not be built, checks that the monitor failed, pushes over OTLP and reloads of the web "
         "configuration that failed, and layers that have no series because 50 others were worse. Normal is 0 of all.",
-        query(f"sum({happened('esper_exporter_collect_errors_total')})", "pages not built", "A"),
-        query(f"sum({happened('esper_monitor_errors_total')})", "checks failed", "B"),
-        query(f"sum({happened('esper_otlp_export_failures_total')})", "pushes failed", "C"),
-        query(f"sum({happened('esper_web_config_reload_failures_total')})", "reloads failed", "D"),
-        query(f"max({largest('esper_layers_dropped')})", "layers without series", "E"),
+        query(happened("esper_exporter_collect_errors_total"), "pages not built", "A"),
+        query(happened("esper_monitor_errors_total"), "checks failed", "B"),
+        query(happened("esper_otlp_export_failures_total"), "pushes failed", "C"),
+        query(happened("esper_web_config_reload_failures_total"), "reloads failed", "D"),
+        query(peak("esper_layers_dropped"), "layers without series", "E"),
         top=1,
     ).decimals(0)
 
@@ -82,7 +82,7 @@ def _targets() -> Panel:
     panel = graph(
         "Targets",
         "Listed instances of the chosen job that answer Prometheus, and those that do not. Normal is none that does "
-        "not; a finished run has to be taken off the list.",
+        "not, but for runs that ended and are still listed.",
         query(f"sum({up})", "answer", "A"),
         query(f"count({up}) - sum({up})", "do not answer", "B"),
     )
@@ -94,8 +94,14 @@ def _versions() -> Panel:
         "Versions",
         "What each instance runs. Normal is one version of each over all ranks of a run.",
         cells(q.versions(), "A"),
-        columns={"instance": "Instance", "version": "esper-telemetry", "torch": "PyTorch", "python": "Python"},
-        first="Instance",
+        columns={
+            "run_id": "Run",
+            "instance": "Instance",
+            "version": "esper-telemetry",
+            "torch": "PyTorch",
+            "python": "Python",
+        },
+        first="Run",
         no_value="No instance is known",
     )
     return column(panel, "Value", **{"custom.hidden": True})

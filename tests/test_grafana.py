@@ -8,6 +8,7 @@ import subprocess
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -16,8 +17,8 @@ from deploy.stack.servers import find
 from esper_telemetry.health import CRITICAL_ABOVE, WARNING_ABOVE
 from esper_telemetry.metrics import METRICS
 from grafana import build
-from grafana.panels import ALARM, CRITICAL, STATE_WORDS, WARNING
-from grafana.queries import STATES
+from grafana.panels import ADDRESSES, ALARM, AMBER, CRITICAL, STATE_WORDS, WARNING
+from grafana.queries import STATE, STATES, of_headline
 from tests.dashboard import interpolate, panels, targets
 
 ROOT = Path(__file__).parent.parent
@@ -97,8 +98,8 @@ def test_every_selector_obeys_job_and_instance(expression: str) -> None:
 def test_every_metric_exists(expression: str) -> None:
     known = {metric.name for metric in METRICS} | RECORDED | MADE_BY_PROMETHEUS
     assert {metric for metric, _ in selectors(expression)} <= known
-    words = re.findall(r"\b(?:esper_|instance_kind:)[\w:]*", re.sub(r'"[^"]*"', "", expression))
-    assert len(words) == sum(name.startswith(("esper_", "instance_kind:")) for name, _ in selectors(expression))
+    words = re.findall(r"\b(?:\w+:)?esper_[\w:]*", re.sub(r'"[^"]*"', "", expression))
+    assert len(words) == sum("esper_" in name for name, _ in selectors(expression))
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -115,6 +116,7 @@ def test_no_panel_shows_what_stands_at_a_scrape_alone(name: str) -> None:
 
 def test_every_metric_of_the_exporter_is_shown_but_for_these() -> None:
     shown = {metric for expression in EXPRESSIONS for metric, _ in selectors(expression)}
+    shown |= set(re.findall(r"\besper_\w+", state_rule()["expr"]))
     hidden = {metric.name for metric in METRICS} - shown
     assert hidden == {
         "esper_inf_grad_count",  # the recent maxima hold every check, these the last
@@ -147,14 +149,46 @@ def test_variables_choose_data_source_job_instance_and_run() -> None:
 
 def test_the_tiers_are_those_of_the_code() -> None:
     assert (WARNING, CRITICAL) == (WARNING_ABOVE + 1, CRITICAL_ABOVE + 1)
-    state = next(panel for panel in PANELS if panel["title"] == "State")["targets"][0]["expr"]
-    assert re.findall(r"\) > (\d+)\)", state) == [str(CRITICAL_ABOVE), str(WARNING_ABOVE), str(WARNING_ABOVE)]
+    tiers = re.findall(r"recent_max\{drill!?=\"\"\} > (\d+)\)", state_rule()["expr"])
+    assert tiers == [str(CRITICAL_ABOVE), str(WARNING_ABOVE), str(WARNING_ABOVE)]
+
+
+def test_both_kinds_are_amber_from_the_first_tier_and_red_from_the_second() -> None:
     for kind in ("NaN", "Inf"):
-        count, tier = (next(p for p in PANELS if p["title"] == name) for name in (kind, f"{kind} tier"))
-        assert steps(count) == [(None, "#8e9096"), (0, "text"), (WARNING, "red")]
-        assert steps(tier) == [(None, "transparent"), (CRITICAL, ALARM)]
+        count, tier = named(kind), named(f"{kind} tier")
+        assert steps(count) == [(None, "#8e9096"), (0, "text"), (WARNING, "orange"), (CRITICAL, "red")]
+        assert steps(tier) == [(None, "transparent"), (WARNING, AMBER), (CRITICAL, ALARM)]
         assert {p["fieldConfig"]["defaults"]["noValue"] for p in (count, tier)} == {"not measured"}
         assert (count["options"]["colorMode"], tier["options"]["colorMode"]) == ("value", "background_solid")
+    assert columns(named("Runs"))["NaN"] == columns(named("Runs"))["Inf"]
+
+
+def columns(table: dict[str, Any]) -> dict[str, Any]:
+    return {rule["matcher"]["options"]: rule["properties"] for rule in table["fieldConfig"]["overrides"]}
+
+
+def named(title: str) -> dict[str, Any]:
+    return next(panel for panel in PANELS if panel["title"] == title)
+
+
+def state_rule() -> dict[str, Any]:
+    return next(rule for group in RULES for rule in group["rules"] if rule.get("record") == STATE)
+
+
+def test_the_states_are_those_of_the_rule() -> None:
+    text = (ROOT / "alerts" / "rules.yml").read_text()
+    said = re.findall(r"(\d) ([A-Z ]+)[,.]", re.search(r"# (6 CRITICAL.*)", text)[1])  # type: ignore[index]
+    assert {name: int(code) for code, name in said} == {name: code for code, name in enumerate(STATES)}
+    assert set(re.findall(r"(\d) \* group by", state_rule()["expr"])) == {str(code) for code in range(len(STATES))}
+
+
+def test_every_tile_of_the_headline_speaks_of_the_same_run() -> None:
+    one = of_headline("").strip()
+    tiles = [panel for panel in PANELS if panel["gridPos"]["y"] < 8 and panel["title"] != "Alerts firing"]
+    assert len(tiles) == 9
+    for tile in tiles:
+        (target,) = tile["targets"]
+        assert one in target["expr"], tile["title"]
 
 
 def steps(panel: dict[str, Any]) -> list[tuple[float | None, str]]:
@@ -164,9 +198,10 @@ def steps(panel: dict[str, Any]) -> list[tuple[float | None, str]]:
 def test_only_healthy_is_green_and_critical_has_a_colour_of_its_own() -> None:
     green = [name for name, colour in STATES.items() if greenest(colour)]
     assert green == ["HEALTHY"]
-    assert [name for name, colour in STATES.items() if "red" in colour] == ["CRITICAL"]
+    assert [name for name, colour in STATES.items() if "red" in colour] == ["GONE", "CRITICAL"], "the two that page"
+    assert len(set(STATES.values())) == len(STATES)
     assert max(STATE_WORDS.items(), key=lambda word: int(word[0]))[1][0] == "CRITICAL", "max() is the worst"
-    state = next(panel for panel in PANELS if panel["title"] == "State")
+    state = named("State")
     assert steps(state) == [(None, "#8e9096")], "grey without a state"
     assert state["fieldConfig"]["defaults"]["noValue"] == "NO DATA"
 
@@ -180,15 +215,39 @@ def greenest(colour: str) -> bool:
 
 def test_the_links_lead_somewhere() -> None:
     urls = {link["title"]: link["url"] for link in BOARD["links"]}
-    assert urls["Alertmanager"] == "${alertmanager}"
-    assert (ROOT / urls["Runbooks"].partition("/main/")[2]).is_dir()
+    assert urls == {"Alertmanager": "${alertmanager}", "Runbooks": ADDRESSES["runbooks"]}
+    assert VARIABLES["alertmanager"]["query"] == ADDRESSES["alertmanager"]
     links = re.findall(r'"url": "([^"]+)"', json.dumps([panel["fieldConfig"] for panel in PANELS]))
     assert "http://${__value.text}/" in links, "the exporter's page"
-    [runbook] = [url for url in links if "runbooks" in url]
+    [runbook] = [url for url in links if url.startswith(ADDRESSES["runbooks"])]
     for group in RULES:
         for rule in group["rules"]:
-            page = runbook.partition("/main/")[2].replace("${__value.text}", rule.get("alert", "EsperWatchdog"))
-            assert (ROOT / page).is_file(), page
+            page = runbook.removeprefix(ADDRESSES["runbooks"] + "/")
+            page = page.replace("${__value.text}", rule.get("alert", "EsperWatchdog"))
+            assert (ROOT / "alerts" / "runbooks" / page).is_file(), page
+
+
+def test_the_list_of_alerts_leads_to_alertmanager_by_label() -> None:
+    overrides = columns(named("Firing alerts"))
+    for column, label in (("Group", "run"), ("Instance", "instance")):
+        [links] = [given["value"] for given in overrides[column] if given["id"] == "links"]
+        address, _, asked = links[0]["url"].partition("?filter=")
+        assert (address, unquote(asked)) == (
+            "${alertmanager}/#/alerts",
+            f'{{{label}="${{__value.text:percentencode}}"}}',
+        )
+
+
+def test_every_address_is_set_at_installation() -> None:
+    text = build.DASHBOARD.read_text()
+    assert "localhost" not in text
+    assert set(re.findall(r"https://[\w.-]+", text)) <= set(ADDRESSES.values())
+
+
+def test_runs_have_their_names_in_every_graph_that_tells_instances_apart() -> None:
+    for _, target in TARGETS:
+        if "{{instance}}" in target.get("legendFormat", ""):
+            assert "{{run_id}}" in target["legendFormat"], target["expr"]
 
 
 def test_alerts_are_marked_on_the_graphs() -> None:
@@ -201,7 +260,14 @@ def test_alerts_are_marked_on_the_graphs() -> None:
 
 def test_the_ppo_row_is_collapsed_and_the_banner_is_above_all_rows() -> None:
     rows = {panel["title"]: panel["collapsed"] for panel in BOARD["panels"] if panel["type"] == "row"}
-    assert rows == {"Health": False, "Layers": False, "Heads": False, "PPO": True, "Run and monitor": False}
+    assert rows == {
+        "Health": False,
+        "Training": False,
+        "Layers": False,
+        "Heads": False,
+        "PPO": True,
+        "Run and monitor": False,
+    }
     assert BOARD["panels"][0]["title"] == "State"
     assert BOARD["panels"][0]["gridPos"] == {"x": 0, "y": 0, "w": 6, "h": 8}
 
