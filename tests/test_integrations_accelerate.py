@@ -1,6 +1,8 @@
+import contextlib
 import logging
 import math
 import re
+import socket
 
 import pytest
 import torch
@@ -12,9 +14,15 @@ from torch.utils.data import DataLoader
 from esper_telemetry import GradientsCritical, HealthTier, watch
 from esper_telemetry.integrations.accelerate import EsperWatch
 from tests.documents import blocks
+from tests.pages import close_pages, scrape
 
-SERVED = blocks()["Accelerate"]
-CODE = SERVED.replace(', address="127.0.0.1:0"', "")  # an exporter would wait for a scrape after a bad check
+CODE = blocks()["Accelerate"]
+
+
+@pytest.fixture(autouse=True)
+def closed_pages():
+    yield
+    close_pages()
 
 
 class Run:
@@ -60,7 +68,7 @@ class Run:
 
 
 def test_a_healthy_loop_stays_healthy():
-    run = Run(SERVED)
+    run = Run()
     assert [snapshot.tier for snapshot in run.seen] == [HealthTier.HEALTHY] * 10
     assert run.watched.monitor.snapshot.ended
     assert run.watched.exporter.url.startswith("http://127.0.0.1:")
@@ -101,14 +109,64 @@ def test_halt_raises_and_is_no_good_end():
         Run(bad_at=4, elements=6, on_critical="halt")
 
 
-def test_a_port_in_use_is_logged_and_training_goes_on(caplog):
-    model = nn.Linear(1, 1)
-    first = EsperWatch(Accelerator(cpu=True), model, address="127.0.0.1:0")
-    with caplog.at_level(logging.WARNING):
-        second = EsperWatch(Accelerator(cpu=True), model, address=first.exporter.url.removeprefix("http://"))
-    first.close()
-    assert second.exporter is None
-    assert "training goes on without an exporter" in caplog.text
+def test_step_and_learning_rate_are_those_of_the_optimizer():
+    run = Run()
+    progress = run.watched.monitor.snapshot.progress
+    assert (progress.learning_rate, progress.step) == (0.01, 5)
+
+
+class TestRunAfterRun:
+    def watch(self, model=None, address="127.0.0.1:0", **options):
+        return EsperWatch(Accelerator(cpu=True), model or nn.Linear(1, 1), address=address, **options)
+
+    def test_the_next_goes_on_counting_on_the_same_page(self):
+        first, second = Run(), Run()
+        assert first.watched.exporter is second.watched.exporter
+        page = scrape(first.watched.exporter)
+        assert (page["esper_checks_total"], page["esper_run_ended"]) == (20, 1)
+
+    def test_one_that_died_leaves_its_page_and_is_off_its_model(self, caplog):
+        model = nn.Linear(1, 1)
+        with contextlib.suppress(ZeroDivisionError), self.watch(model) as died:
+            model(torch.ones(1, 1)).sum().backward()
+            raise ZeroDivisionError
+        assert not died.monitor.snapshot.ended
+        with caplog.at_level(logging.WARNING):
+            second = self.watch(model)
+        model(torch.ones(1, 1)).sum().backward()
+        assert (died.monitor.snapshot.checks, second.monitor.snapshot.checks) == (1, 2)
+        assert caplog.messages == [
+            f"esper: {second.exporter.url} shows the run that begins now; the one before it did not end"
+        ]
+
+    def test_one_whose_cell_is_run_again_before_its_close_leaves_its_page_and_model_too(self, caplog):
+        model = nn.Linear(1, 1)
+        first = self.watch(model)
+        model(torch.ones(1, 1)).sum().backward()
+        with caplog.at_level(logging.WARNING):
+            second = self.watch(model)
+        model(torch.ones(1, 1)).sum().backward()
+        assert scrape(second.exporter)["esper_checks_total"] == 2
+        assert (first.monitor.snapshot.checks, first.exporter) == (1, second.exporter)
+        assert "watched already" not in caplog.text
+
+    def test_two_models_in_one_thread_are_both_watched_and_one_line_says_whose_the_page_is(self, caplog):
+        models = [nn.Linear(1, 1), nn.Linear(1, 1)]
+        with caplog.at_level(logging.WARNING), self.watch(models[0]) as first, self.watch(models[1]) as second:
+            for model in models:
+                model(torch.ones(1, 1)).sum().backward()
+            assert (first.monitor.snapshot.checks, second.monitor.snapshot.checks) == (1, 1)
+        assert len(caplog.messages) == 1
+        assert "shows the run that begins now" in caplog.text
+
+    def test_a_port_in_use_is_an_error_line_and_the_page_is_at_the_next_free_port(self, caplog):
+        with socket.create_server(("127.0.0.1", 0)) as listener, caplog.at_level(logging.ERROR):
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            watched = self.watch(address=address)
+            assert scrape(watched.exporter)["esper_checks_total"] == 0
+            assert address in caplog.text
+            with pytest.raises(OSError, match=address):
+                self.watch(address=address, strict=True)
 
 
 def test_watch_sees_through_a_prepared_optimizer():

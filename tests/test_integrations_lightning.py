@@ -1,18 +1,22 @@
+import csv
 import logging
 import math
-from threading import Thread
+import socket
+import time
 from urllib.request import urlopen
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from esper_telemetry import HealthTier, start_exporter
-from esper_telemetry.integrations.lightning import EsperCallback
+from esper_telemetry import HealthTier
+from esper_telemetry.integrations.lightning import EsperCallback, _samples_in
 from tests.documents import blocks
+from tests.pages import close_pages, scrape
 
 OPTIONS = {
     "accelerator": "cpu",
@@ -55,7 +59,7 @@ def loader():
 
 
 def fit(model, callback=None, **options):
-    trainer = Trainer(max_epochs=1, callbacks=callback, gradient_clip_val=0.01, **options, **OPTIONS)
+    trainer = Trainer(max_epochs=1, callbacks=callback, gradient_clip_val=0.01, **{**OPTIONS, **options})
     trainer.fit(model, loader())
     return trainer
 
@@ -74,6 +78,12 @@ def seen_by(callback):
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def closed_pages():
+    yield
+    close_pages()
 
 
 def test_what_the_documentation_shows_runs():
@@ -154,48 +164,132 @@ class TestOnCritical:
         assert callback.monitor.snapshot.nan.critical_checks == 1
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
-    def test_halt_ends_when_the_last_state_was_scraped(self):
-        callback = EsperCallback(address="127.0.0.1:0", on_critical="halt")
-
-        class Slow(Model):
-            def on_train_end(self):  # the scrape comes after training has stopped
-                Thread(target=scrape, args=[callback.exporter.url]).start()
-
-        def scrape(url):
-            with urlopen(url + "/metrics") as page:
-                pages.append(page.read().decode())
-
-        pages = []
-        fit(Slow(bad_at=4, value=math.nan, elements=6), callback)
-        assert "esper_nan_grad_count 6.0" in pages[0]
+    def test_halt_returns_at_once_and_the_page_stays(self):
+        callback, started = EsperCallback(address="127.0.0.1:0", on_critical="halt"), time.monotonic()
+        fit(Model(bad_at=4, value=math.nan, elements=6), callback)
+        assert time.monotonic() - started < 15  # it was 20 more
+        page = scrape(callback.exporter)
+        assert (page["esper_nan_grad_count"], page["esper_run_ended"]) == (6, 1)
 
 
-def test_a_port_in_use_is_logged_and_training_goes_on(caplog):
-    callback, model = EsperCallback(address="127.0.0.1:0"), Model()
-    fit(model, callback)
-    taken = start_exporter(callback.monitor, "127.0.0.1:0")
-    second = EsperCallback(address=taken.url.removeprefix("http://"))
-    with caplog.at_level(logging.WARNING):
+class TestHowTrainingGoes:
+    def test_loss_learning_rate_step_and_samples_are_reported(self):
+        callback = EsperCallback()
+        fit(model := Model(), callback)
+        progress = callback.monitor.snapshot.progress
+        assert progress.loss == pytest.approx(model.losses[-1])
+        assert (progress.learning_rate, progress.step, progress.samples) == (0.01, 10, 40)
+
+    def test_the_loss_is_not_that_which_accumulation_has_divided(self):
+        callback = EsperCallback()
+        fit(model := Model(), callback, accumulate_grad_batches=2)
+        progress = callback.monitor.snapshot.progress
+        assert progress.loss == pytest.approx(model.losses[-1])
+        assert (progress.step, progress.samples) == (5, 40)
+
+    @pytest.mark.parametrize(
+        ("batch", "samples"),
+        [
+            ({"id": "a", "x": torch.ones(3, 2)}, 3),
+            ([("a", "b"), (torch.ones(5), torch.ones(7))], 5),
+            (torch.tensor(1.0), 1),
+            (["a", "b"], None),
+        ],
+    )
+    def test_samples_are_the_length_of_the_first_tensor(self, batch, samples):
+        assert _samples_in(batch) == samples
+
+    def test_a_loss_on_a_device_is_looked_at_only_when_the_trainer_logs(self):
+        told = []
+
+        class Loss(torch.Tensor):
+            is_cpu = False
+
+        class OnDevice(EsperCallback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+                self.monitor.record = lambda loss, step, **_: told.append((step, loss is not None))
+                super().on_train_batch_end(trainer, pl_module, {"loss": outputs["loss"].as_subclass(Loss)}, *args)
+
+        fit(Model(), OnDevice(), log_every_n_steps=5)
+        assert [step for step, has_loss in told if has_loss] == [5, 10]
+
+
+class TestLog:
+    def rows(self, tmp_path, model, callback, **options):
+        fit(model, callback, logger=CSVLogger(tmp_path, name="", version=""), **options)
+        if not (tmp_path / "metrics.csv").exists():
+            return []
+        with (tmp_path / "metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def test_the_loggers_get_the_worst_counts_since_the_last_time_and_the_norm(self, tmp_path):
+        callback = EsperCallback(log=True, on_critical="skip")
+        seen = seen_by(callback)
+        rows = self.rows(tmp_path, Model(bad_at=2, value=math.nan, elements=6), callback, log_every_n_steps=4)
+        counts = [(row["step"], row["esper/inf_grad_count"], row["esper/nan_grad_count"]) for row in rows]
+        assert [(int(step), float(inf), float(nan)) for step, inf, nan in counts] == [(3, 0, 6), (7, 0, 0), (10, 0, 0)]
+        norms = [float(row["esper/grad_norm"]) for row in rows]
+        assert norms == pytest.approx([seen[3].grad_norm, seen[7].grad_norm, seen[9].grad_norm])
+
+    def test_it_is_off_by_default(self, tmp_path):
+        assert self.rows(tmp_path, Model(), EsperCallback(), log_every_n_steps=1) == []
+
+
+class TestRunAfterRun:
+    def test_a_second_fit_goes_on_counting_on_the_same_page(self):
+        callback = EsperCallback(address="127.0.0.1:0")
+        fit(Model(), callback)
+        exporter = callback.exporter
+        assert scrape(exporter)["esper_run_ended"] == 1
+        fit(Model(), callback)
+        assert callback.exporter is exporter
+        page = scrape(exporter)
+        assert (page["esper_checks_total"], page["esper_train_samples_total"]) == (20, 80)
+
+    def test_the_next_callback_at_the_address_does_so_too(self):
+        first, second = EsperCallback(address="127.0.0.1:0"), EsperCallback(address="127.0.0.1:0")
+        fit(Model(), first)
         fit(Model(), second)
-    taken.close()
-    assert second.monitor.snapshot.checks == 10
-    assert second.exporter is None
-    assert "training goes on without an exporter" in caplog.text
+        assert second.exporter is first.exporter
+        assert scrape(first.exporter)["esper_checks_total"] == 20
 
+    def test_a_trial_that_died_is_no_good_end_and_leaves_its_page_and_its_model(self, caplog):
+        class Dies(Model):
+            dies = True
 
-def test_an_exception_is_no_good_end_but_fitting_again_watches_once():
-    class Dies(Model):
-        def training_step(self, batch, index):
-            return super().training_step(batch, index) if index < 3 else 1 / 0
+            def training_step(self, batch, index):
+                return 1 / 0 if index == 3 and self.dies else super().training_step(batch, index)
 
-    callback = EsperCallback()
-    with pytest.raises(ZeroDivisionError):
-        fit(Dies(), callback)
-    died = callback.monitor
-    assert (died.snapshot.checks, died.snapshot.ended) == (3, False)
-    fit(Model(), callback)
-    assert (died.snapshot.checks, callback.monitor.snapshot.checks) == (3, 10)
-    assert died.snapshot.ended
+        callback, model = EsperCallback(address="127.0.0.1:0"), Dies()
+        with pytest.raises(ZeroDivisionError):
+            fit(model, callback)
+        died = callback.monitor
+        assert (died.snapshot.checks, died.snapshot.ended) == (3, False)
+        assert scrape(callback.exporter)["esper_run_ended"] == 0
+        model.dies = False
+        second = EsperCallback(address="127.0.0.1:0")
+        with caplog.at_level(logging.WARNING):
+            fit(model, second)
+        assert second.exporter is callback.exporter
+        assert (died.snapshot.checks, second.monitor.snapshot.checks) == (3, 13)
+        assert "the one before it did not end" in caplog.text
+        assert "watched already" not in caplog.text
+
+    def test_skips_of_the_scaler_are_counted_on(self):
+        callback = EsperCallback()
+        for _ in range(2):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            fit(Model(bad_at=4), callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        assert callback.monitor.snapshot.skipped_updates["amp"] == 2
+
+    def test_a_port_in_use_is_an_error_line_and_the_page_is_at_the_next_free_port(self, caplog):
+        with socket.create_server(("127.0.0.1", 0)) as listener, caplog.at_level(logging.ERROR):
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            fit(Model(), callback := EsperCallback(address=address))
+            assert scrape(callback.exporter)["esper_checks_total"] == 10
+            assert address in caplog.text
+            with pytest.raises(OSError, match=address):
+                fit(Model(), EsperCallback(address=address, strict=True))
 
 
 def test_pytorch_lightning_takes_the_same_callback():

@@ -1,14 +1,17 @@
+import logging
 import math
 
 import pytest
 import torch
-from sb3_contrib import RecurrentPPO
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common.logger import Logger
 
 from esper_telemetry import GradientsCritical, HealthTier, watch
 from esper_telemetry.integrations.sb3 import EsperCallback
 from esper_telemetry.reference.faults import Fault, FaultInjector
 from tests.documents import blocks
+from tests.pages import close_pages
 
 CHECKS = 2 * 2 * 2  # two rollouts, two epochs, two batches
 
@@ -20,6 +23,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def closed_pages():
+    yield
+    close_pages()
 
 
 def small_agent():
@@ -87,3 +96,43 @@ def test_skip_drops_the_step_and_halt_leaves_learn():
     callback, _ = with_fault(agent, Fault("nan", 6, 3), on_critical="halt")
     with pytest.raises(GradientsCritical, match="check 3:"):
         agent.learn(64, callback=callback)
+
+
+OFF_POLICY = {"learning_starts": 16, "batch_size": 8, "buffer_size": 100}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "env", "options", "parts"),
+    [
+        (TQC, "Pendulum-v1", OFF_POLICY, {"actor", "critic", "log_ent_coef"}),
+        (CrossQ, "Pendulum-v1", OFF_POLICY, {"actor", "critic", "log_ent_coef"}),
+        (QRDQN, "CartPole-v1", OFF_POLICY, {"quantile_net"}),
+        (MaskablePPO, InvalidActionEnvDiscrete(4), {"n_steps": 16}, {"mlp_extractor", "action_net", "value_net"}),
+        (TRPO, "CartPole-v1", {"n_steps": 16}, {"mlp_extractor", "action_net", "value_net"}),
+    ],
+)
+def test_all_that_is_trained_is_watched_and_nothing_else(algorithm, env, options, parts):
+    agent, callback = algorithm("MlpPolicy", env, seed=0, device="cpu", **options), EsperCallback()
+    agent.set_logger(Logger(folder=None, output_formats=[]))
+    agent.learn(32, callback=callback)
+    snapshot = callback.monitor.snapshot
+    assert {name.partition(".")[0] for name in snapshot.layer_names} == parts
+    assert snapshot.checks > 0
+    assert (snapshot.ppo is None) == (algorithm is not MaskablePPO)
+    assert math.isfinite(snapshot.progress.loss)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "options", "line"),
+    [
+        (ARS, "LinearPolicy", {"n_delta": 1}, "ARS trains without an optimizer, so there are no gradients to measure"),
+        (TRPO, "MlpPolicy", {"n_steps": 16}, "TRPO takes the gradients of its policy by torch.autograd.grad"),
+    ],
+)
+def test_what_cannot_be_seen_is_said_in_one_line(algorithm, policy, options, line, caplog):
+    agent = algorithm(policy, "CartPole-v1", seed=0, device="cpu", **options)
+    agent.set_logger(Logger(folder=None, output_formats=[]))
+    with caplog.at_level(logging.WARNING):
+        agent.learn(16, callback=EsperCallback())
+    assert len(caplog.messages) == 1
+    assert line in caplog.text

@@ -1,15 +1,24 @@
 import logging
 import math
+import socket
+import time
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from esper_telemetry import HealthTier, start_exporter
+from esper_telemetry import HealthTier
 from esper_telemetry.integrations.transformers import EsperCallback
 from tests.documents import blocks
+from tests.pages import close_pages, scrape
+
+
+@pytest.fixture(autouse=True)
+def closed_pages():
+    yield
+    close_pages()
 
 
 class Rows(Dataset):
@@ -30,7 +39,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.losses, arrivals = [], []
+        self.losses, self.dies_at, arrivals = [], 0, []
 
         def spoil(gradient):
             arrivals.append(1)
@@ -42,6 +51,8 @@ class Model(nn.Module):
         self.net[0].weight.register_hook(spoil)
 
     def forward(self, x):
+        if self.dies_at == len(self.losses) + 1:
+            raise ZeroDivisionError
         loss = self.net(x).square().mean()
         self.losses.append(loss.item())
         return {"loss": loss}
@@ -145,13 +156,91 @@ class TestOnCritical:
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_port_in_use_is_logged_and_training_goes_on(arguments, caplog):
-    train(Model(), [first := EsperCallback()], arguments())
-    taken = start_exporter(first.monitor, "127.0.0.1:0")
-    second = EsperCallback(address=taken.url.removeprefix("http://"))
-    with caplog.at_level(logging.WARNING):
+def test_loss_learning_rate_step_and_samples_are_reported(arguments):
+    callback = EsperCallback()
+    trainer = train(Model(), [callback], arguments(logging_steps=2, gradient_accumulation_steps=2))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    progress = callback.monitor.snapshot.progress
+    assert (progress.loss, progress.learning_rate) == (logged["loss"], logged["learning_rate"])
+    assert (progress.step, progress.samples) == (5, 40)
+
+
+class TestLog:
+    def test_the_log_history_has_the_worst_counts_since_the_last_entry_and_the_norm(self, arguments):
+        callback = EsperCallback(log=True, on_critical="skip")
+        seen = []
+        begin = callback.on_train_begin
+
+        def begin_and_listen(*args, **options):
+            begin(*args, **options)
+            callback.monitor.on_check(seen.append)
+
+        callback.on_train_begin = begin_and_listen
+        model = Model(bad_at=2, value=math.nan, elements=6)
+        trainer = train(model, [callback], arguments(logging_steps=4))
+        entries = [entry for entry in trainer.state.log_history if "esper/nan_grad_count" in entry]
+        counts = [(entry["step"], entry["esper/inf_grad_count"], entry["esper/nan_grad_count"]) for entry in entries]
+        assert counts == [(4, 0, 6), (8, 0, 0), (10, 0, 0)]
+        assert [entry["esper/grad_norm"] for entry in entries] == [seen[index].grad_norm for index in (3, 7, 9)]
+
+    def test_callbacks_that_come_after_are_given_it_too(self, arguments):
+        class Last(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **_):
+                given.append(dict(logs))
+
+        given = []
+        train(Model(), [EsperCallback(log=True), Last()], arguments(logging_steps=5))
+        assert ["esper/grad_norm" in logs for logs in given] == [True, True, False]  # the last is of the whole run
+
+    def test_it_is_off_by_default(self, arguments):
+        trainer = train(Model(), [EsperCallback()], arguments(logging_steps=1))
+        assert not any(name.startswith("esper/") for entry in trainer.state.log_history for name in entry)
+
+
+class TestRunAfterRun:
+    def test_a_second_train_goes_on_counting_on_the_same_page(self, arguments):
+        callback = EsperCallback(address="127.0.0.1:0")
+        trainer = train(Model(), [callback], arguments())
+        exporter = callback.exporter
+        assert scrape(exporter)["esper_run_ended"] == 1
+        trainer.train()
+        assert callback.exporter is exporter
+        page = scrape(exporter)
+        assert (page["esper_checks_total"], page["esper_train_samples_total"]) == (20, 80)
+
+    def test_the_next_callback_at_the_address_does_so_too(self, arguments):
+        first, second = EsperCallback(address="127.0.0.1:0"), EsperCallback(address="127.0.0.1:0")
+        train(Model(), [first], arguments())
         train(Model(), [second], arguments())
-    taken.close()
-    assert second.monitor.snapshot.checks == 10
-    assert second.exporter is None
-    assert "training goes on without an exporter" in caplog.text
+        assert second.exporter is first.exporter
+        assert scrape(first.exporter)["esper_checks_total"] == 20
+
+    def test_a_bad_train_returns_at_once(self, arguments):
+        callback, started = EsperCallback(address="127.0.0.1:0", on_critical="halt"), time.monotonic()
+        train(Model(bad_at=4, value=math.nan, elements=6), [callback], arguments())
+        assert time.monotonic() - started < 15  # it was 20 more
+        assert scrape(callback.exporter)["esper_nan_grad_count"] == 6
+
+    def test_a_trial_that_died_leaves_its_page_and_its_model_to_the_next(self, arguments, caplog):
+        first, second = EsperCallback(address="127.0.0.1:0"), EsperCallback(address="127.0.0.1:0")
+        model = Model()
+        model.dies_at = 4
+        with pytest.raises(ZeroDivisionError):
+            train(model, [first], arguments())
+        assert scrape(first.exporter)["esper_run_ended"] == 0
+        model.dies_at = 0
+        with caplog.at_level(logging.WARNING):
+            train(model, [second], arguments())
+        assert second.exporter is first.exporter
+        assert (first.monitor.snapshot.checks, second.monitor.snapshot.checks) == (3, 13)
+        assert "the one before it did not end" in caplog.text
+        assert "watched already" not in caplog.text
+
+    def test_a_port_in_use_is_an_error_line_and_the_page_is_at_the_next_free_port(self, arguments, caplog):
+        with socket.create_server(("127.0.0.1", 0)) as listener, caplog.at_level(logging.ERROR):
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            train(Model(), [callback := EsperCallback(address=address)], arguments())
+            assert scrape(callback.exporter)["esper_checks_total"] == 10
+            assert address in caplog.text
+            with pytest.raises(OSError, match=address):
+                train(Model(), [EsperCallback(address=address, strict=True)], arguments())

@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from esper_telemetry.exporters.http import Exporter
-from esper_telemetry.integrations.run import serve
+from esper_telemetry.integrations.run import Runs
 from esper_telemetry.monitor import GradientMonitor, watch
 from esper_telemetry.scan.layers import Model, named_roots
 
@@ -23,9 +23,14 @@ except ImportError as error:
 class EsperWatch:
     """Check the gradients of a prepared model at the end of each `accelerator.backward()`, until `close()`.
 
+    One that follows at the same address goes on counting there. Step and learning rate are reported as the first of
+    the optimizers has them; the loss and the samples are for the loop to tell: `watch.monitor.record(loss=loss)`.
+
     accelerator: it says which GradScaler is in use.
     model, optimizer: what `accelerator.prepare()` returned, or what it was given.
-    address: where to serve the metrics meanwhile; a port in use is logged, and training goes on.
+    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
+        one, which is logged.
+    strict: raise OSError instead.
     options: of `watch()`.
     """
 
@@ -39,24 +44,29 @@ class EsperWatch:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         *,
         address: str | None = None,
+        strict: bool = False,
         **options: Any,
     ) -> None:
-        self.monitor = watch(
-            {
-                name: accelerator.unwrap_model(root) if isinstance(root, Module) else root
-                for name, root in named_roots(model).items()
-            },
-            optimizer=optimizer,
-            scaler=accelerator.scaler,
-            **options,
+        runs = Runs(address, strict)
+        roots = {
+            name: accelerator.unwrap_model(root) if isinstance(root, Module) else root
+            for name, root in named_roots(model).items()
+        }
+        modules = [root for root in roots.values() if isinstance(root, Module)]
+        optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        self.monitor = runs.begin(
+            modules[0] if modules else self,
+            lambda: watch(roots, optimizer=optimizers, scaler=accelerator.scaler, **options),
         )
-        self.exporter = serve(self.monitor, address)
+        self.exporter = runs.exporter
+        self._step = 0
+        self._hooks = [
+            getattr(each, "optimizer", each).register_step_post_hook(self._report) for each in optimizers[:1]
+        ]
 
     def close(self) -> None:
         """Deliver the last value."""
-        self.monitor.close()
-        if self.exporter is not None:
-            self.exporter.close()
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> EsperWatch:
         return self
@@ -64,5 +74,10 @@ class EsperWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:  # else the run did not end well
-            self.close()
+        for hook in self._hooks:
+            hook.remove()
+        self.monitor.__exit__(kind, error, trace)  # after an error the run did not end well
+
+    def _report(self, optimizer: Optimizer, *_: object) -> None:
+        self._step += 1
+        self.monitor.record(lr=optimizer.param_groups[0]["lr"], step=self._step)

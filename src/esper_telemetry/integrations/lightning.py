@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from esper_telemetry.exporters.http import Exporter
-from esper_telemetry.integrations.run import serve, stopping
+from esper_telemetry.integrations.run import Runs, stopping
+from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, Policy
 
 try:
@@ -20,42 +24,103 @@ except ImportError:
 class EsperCallback(Callback):
     """Check the gradients before each optimizer step, unscaled and not yet clipped, while `fit()` runs.
 
-    address: where to serve the metrics meanwhile; a port in use is logged, and training goes on.
+    A `fit()` that follows goes on counting, at the same address.
+
+    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
+        one, which is logged.
+    strict: raise OSError instead.
+    log: give the Trainer's loggers the worst counts since they were given some, and the norm, every
+        `log_every_n_steps`: esper/inf_grad_count, esper/nan_grad_count, esper/grad_norm.
     on_critical: as in `GradientMonitor`; "halt" drops the step and sets `trainer.should_stop`.
     options: of `GradientMonitor`.
     """
 
-    def __init__(self, *, address: str | None = None, on_critical: Policy = "continue", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        strict: bool = False,
+        log: bool = False,
+        on_critical: Policy = "continue",
+        **options: Any,
+    ) -> None:
         self.monitor: GradientMonitor | None = None
         self.exporter: Exporter | None = None
-        self._address = address
+        self._runs = Runs(address, strict)
+        self._log = log
         self._on_critical = on_critical
         self._options = options
+        self._to_log: WorstCheck | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
-        self.on_fit_end()  # one that an exception had ended
 
         def stop() -> None:
             trainer.should_stop = True
 
-        self.monitor = GradientMonitor(
+        self.monitor = self._runs.begin(
             pl_module,
-            optimizer=trainer.optimizers,
-            scaler=getattr(trainer.strategy.precision_plugin, "scaler", None),
-            on_critical=stopping(self._on_critical, stop),
-            **self._options,
+            lambda: GradientMonitor(
+                pl_module,
+                optimizer=trainer.optimizers,
+                scaler=getattr(trainer.strategy.precision_plugin, "scaler", None),
+                on_critical=stopping(self._on_critical, stop),
+                **self._options,
+            ),
         )
-        self.exporter = serve(self.monitor, self._address)
+        self.exporter = self._runs.exporter
+        self._to_log = WorstCheck(self.monitor) if self._log else None
 
-    def on_before_optimizer_step(self, *_: object) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, *_: object) -> None:
         """Check."""
         if self.monitor is not None:
             self.monitor.update()
+        if _logs_at(trainer, trainer.global_step + 1):
+            self._give_to_loggers(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Report how training goes."""
+        if self.monitor is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if isinstance(loss, Tensor):  # as it was divided for the accumulation of gradients
+            waits = not loss.is_cpu and not _logs_at(trainer, trainer.global_step)
+            loss = None if waits else loss * trainer.accumulate_grad_batches
+        self.monitor.record(
+            loss=loss,
+            lr=next((group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups), None),
+            step=trainer.global_step,
+            samples=_samples_in(batch),
+        )
+
+    def on_train_end(self, trainer: Trainer, *_: object) -> None:
+        """Log what is not logged yet."""
+        if self.monitor is not None:
+            self.monitor.flush()
+        self._give_to_loggers(trainer)
 
     def on_fit_end(self, *_: object) -> None:
         """Deliver the last value; not after an exception, for then the run did not end well."""
         if self.monitor is not None:
             self.monitor.close()
-        if self.exporter is not None:
-            self.exporter.close()
+
+    def _give_to_loggers(self, trainer: Trainer) -> None:
+        values = {} if self._to_log is None else self._to_log.take_values()
+        if values:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+
+def _logs_at(trainer: Trainer, step: int) -> bool:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # its logger connector sets it
+    return every > 0 and step % every == 0
+
+
+def _samples_in(batch: object) -> int | None:
+    """Return the length of the first tensor in a batch, None where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((samples for part in parts if (samples := _samples_in(part)) is not None), None)

@@ -1,26 +1,82 @@
-"""What the integrations do alike."""
+"""What the integrations do alike: run after run in one process, and "halt" where a framework stops when it is asked."""
 
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable
 
-from esper_telemetry.exporters.http import Exporter, start_exporter
+from esper_telemetry.exporters.address import parse_address
+from esper_telemetry.exporters.http import Exporter
+from esper_telemetry.integrations.page import Page, Run, find_page, make_page
 from esper_telemetry.monitor import GradientMonitor, GradientsCritical, Policy
 from esper_telemetry.snapshot import Snapshot
 
 logger = logging.getLogger("esper_telemetry")
 
+_last_runs: weakref.WeakKeyDictionary[object, Run] = weakref.WeakKeyDictionary()
+"""By what they trained."""
 
-def serve(monitor: GradientMonitor, address: str | None) -> Exporter | None:
-    """Start the exporter where an address is given; a port in use is logged, and training goes on."""
-    if address is None:
-        return None
-    try:
-        return start_exporter(monitor, address)
-    except OSError as error:
-        logger.warning("esper: training goes on without an exporter: %s", error)
-        return None
+_lock = threading.RLock()
+
+
+class Runs:
+    """The runs of one callback: each goes on counting where the one before stopped, and is shown on the same page.
+
+    The page goes from callback to callback too, to whoever asks for its address when the run on it is over.
+
+    address: where the page is; None makes none.
+    strict: raise OSError where that very address cannot be had.
+
+    Raise ValueError when the address is none.
+    """
+
+    def __init__(self, address: str | None, strict: bool) -> None:
+        if address is not None:
+            parse_address(address)
+        self.exporter: Exporter | None = None
+        self._address = address
+        self._strict = strict
+        self._last: Run | None = None
+
+    def begin(self, trained: object, start: Callable[[], GradientMonitor]) -> GradientMonitor:
+        """Start a monitor, which counts on from the run before, and show it.
+
+        trained: what is trained. The monitor of a run that died there is closed first.
+        """
+        with _lock:
+            if self._last is not None:
+                self._last.bury()
+            if (before := _last_runs.get(trained)) is not None and before.has_measured:
+                before.bury()
+            page = self._find_page()
+            before = self._last if page is None else page.run
+            monitor = start()
+            if before is not None:
+                monitor.carry_on(before.monitor.snapshot)
+            self._last = _last_runs[trained] = Run(monitor, monitor.snapshot.checks)
+            try:
+                self._show(self._last, page)
+            except OSError:
+                monitor.close()
+                raise
+        return monitor
+
+    def show(self, monitor: GradientMonitor) -> None:
+        """Show a monitor that somebody else has made, and will close."""
+        with _lock:
+            self._show(Run(monitor, monitor.snapshot.checks), self._find_page())
+
+    def _find_page(self) -> Page | None:
+        return None if self._address is None else find_page(self._address, self.exporter, self._strict)
+
+    def _show(self, run: Run, page: Page | None) -> None:
+        if page is not None:
+            page.show(run)
+        elif self._address is not None:
+            page = make_page(self._address, run, self._strict)
+        self.exporter = None if page is None else page.exporter
 
 
 def stopping(on_critical: Policy, stop: Callable[[], None]) -> Policy:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from torch.optim import Optimizer
-
 from esper_telemetry.exporters.http import Exporter
-from esper_telemetry.integrations.run import serve
+from esper_telemetry.integrations.run import Runs
+from esper_telemetry.integrations.sb3_trained import Trained, is_one_of
+from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, watch
-from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 
 try:
@@ -19,13 +18,23 @@ try:
 except ImportError as error:
     raise ImportError("stable-baselines3 is not installed: pip install 'esper-telemetry[ppo]'") from error
 
+_PPO = frozenset({"PPO", "RecurrentPPO", "MaskablePPO"})
+
+_LOSSES = ("train/loss", "train/critic_loss", "train/value_loss")
+"""What is reported as the loss, the first that is logged: not every algorithm has one that is the sum of all."""
+
 
 class EsperCallback(BaseCallback):
-    """Watch the policy's gradients while `learn()` runs, and report each PPO update.
+    """Watch the gradients of all that an algorithm trains while `learn()` runs, and report how training goes.
 
-    monitor: one that watches the policy already; without it the policy is watched until `learn()` ends.
-    address: where to serve the metrics meanwhile; a port in use is logged, and training goes on.
-    options: of `watch()`, for a policy that this callback watches.
+    A `learn()` that follows goes on counting, at the same address.
+
+    monitor: one that watches already; without it all that the algorithm's optimizers have is watched until `learn()`
+        ends.
+    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
+        one, which is logged.
+    strict: raise OSError instead.
+    options: of `watch()`, for an algorithm that this callback watches.
     """
 
     def __init__(
@@ -33,6 +42,7 @@ class EsperCallback(BaseCallback):
         monitor: GradientMonitor | None = None,
         *,
         address: str | None = None,
+        strict: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -41,21 +51,27 @@ class EsperCallback(BaseCallback):
         self.episodes = 0
         self.updates = 0
         self._given = monitor
-        self._address = address
+        self._runs = Runs(address, strict)
         self._options = options
+        self._is_ppo = False
+        self._steps = 0
+        self._update: _Update | None = None
 
     def _on_training_start(self) -> None:
-        self._end()  # one that an exception had ended
         if self._given is None:
-            policy = self.model.policy
-            parts = [part for module in policy.modules() for part in vars(module).values()]
-            self.monitor = watch(
-                policy,
-                optimizer=[part for part in parts if isinstance(part, Optimizer)],
-                **self._options,
+            trained = Trained.by(self.model)
+            self.monitor = self._runs.begin(
+                self.model, lambda: watch(trained.model, optimizer=trained.optimizers, **self._options)
             )
-        self.exporter = serve(self._monitor, self._address)
-        self._worst: _WorstCheck | None = None
+            ppo = self.monitor.snapshot.ppo
+            if ppo is not None and ppo.update > self.updates:  # another callback's, which was at this address before
+                self.updates, self.episodes = ppo.update, ppo.episodes
+        else:
+            self._runs.show(self._given)
+        self.exporter = self._runs.exporter
+        self._is_ppo = is_one_of(self.model, _PPO)
+        self._steps = self.model.num_timesteps
+        self._update = None  # one during which a run died
 
     @property
     def _monitor(self) -> GradientMonitor:
@@ -63,41 +79,49 @@ class EsperCallback(BaseCallback):
         return self.monitor
 
     def _on_rollout_start(self) -> None:
-        self._report_update()
+        self._report()
 
     def _on_step(self) -> bool:
-        self.episodes += int(self.locals["dones"].sum())
+        dones = self.locals.get("dones")  # ARS has none
+        self.episodes += 0 if dones is None else int(dones.sum())
         return True
 
     def _on_rollout_end(self) -> None:
-        self._worst = _WorstCheck(self._monitor)
+        if self._is_ppo:
+            self._update = _Update(self._monitor)
 
     def _on_training_end(self) -> None:
-        self._report_update()
-        self._end()
+        self._report()
+        if self._given is None:
+            self._monitor.close()
 
-    def _end(self) -> None:
-        if self._given is None and self.monitor is not None:
-            self.monitor.close()
-        if self.exporter is not None:
-            self.exporter.close()
+    def _report(self) -> None:
+        """Report what lies between the end of a rollout and now."""
+        steps = self.model.num_timesteps
+        log = self.logger.name_to_value
+        self._monitor.record(
+            loss=next((log[name] for name in _LOSSES if name in log), None),
+            lr=log.get("train/learning_rate"),
+            step=steps,
+            samples=steps - self._steps,
+        )
+        self._steps = steps
+        update, self._update = self._update, None
+        if update is not None and update.end():
+            self._report_update(update)
 
-    def _report_update(self) -> None:
-        """Report the update that lies between the end of a rollout and now."""
-        worst, self._worst = self._worst, None
-        if worst is None or not worst.close():
-            return
+    def _report_update(self, update: _Update) -> None:
         self.updates += 1
         train = self.logger.name_to_value
         entropy_loss = train.get("train/entropy_loss")
         rewards = [episode["r"] for episode in self.model.ep_info_buffer or ()]
         self._monitor.record_ppo_update(
             PPOUpdatePayload(
-                inf_grad_count=worst.inf_grad_count,
-                nan_grad_count=worst.nan_grad_count,
+                inf_grad_count=update.worst.inf_grad_count,
+                nan_grad_count=update.worst.nan_grad_count,
                 update=self.updates,
                 episodes=self.episodes,
-                update_seconds=worst.seconds,
+                update_seconds=update.seconds,
                 episode_reward=float(safe_mean(rewards)) if rewards else None,
                 policy_loss=train.get("train/policy_gradient_loss"),
                 value_loss=train.get("train/value_loss"),
@@ -109,26 +133,18 @@ class EsperCallback(BaseCallback):
         )
 
 
-class _WorstCheck:
-    """Keep the largest counts of the checks between its making and `close()`."""
+class _Update:
+    """Follow one PPO update from the end of its rollout to `end()`."""
 
     def __init__(self, monitor: GradientMonitor) -> None:
-        self.inf_grad_count = 0
-        self.nan_grad_count = 0
+        self.worst = WorstCheck(monitor)
         self.seconds = 0.0
-        self._started = time.perf_counter()
-        self._checks = 0
         self._monitor = monitor
-        self._stop = monitor.on_check(self._see)
+        self._started = time.perf_counter()
 
-    def _see(self, snapshot: Snapshot) -> None:
-        self._checks += 1
-        self.inf_grad_count = max(self.inf_grad_count, snapshot.inf_grad_count)
-        self.nan_grad_count = max(self.nan_grad_count, snapshot.nan_grad_count)
-
-    def close(self) -> bool:
-        """Stop looking, and return whether anything was checked."""
+    def end(self) -> bool:
+        """Return whether anything was checked."""
         self._monitor.flush()
-        self._stop()
+        self.worst.close()
         self.seconds = time.perf_counter() - self._started
-        return self._checks > 0
+        return self.worst.checks > 0

@@ -7,7 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from esper_telemetry.exporters.http import Exporter
-from esper_telemetry.integrations.run import serve, stopping
+from esper_telemetry.integrations.run import Runs, stopping
+from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, Policy, watch
 
 try:
@@ -19,37 +20,58 @@ except ImportError as error:
 class EsperCallback(TrainerCallback):
     """Check the gradients at the end of each backward pass, while `train()` runs.
 
-    The Trainer's own hooks come after its clip. Norms are unscaled all the same.
+    The Trainer's own hooks come after its clip. Norms are unscaled all the same. A `train()` that follows goes on
+    counting, at the same address.
 
-    address: where to serve the metrics meanwhile; a port in use is logged, and training goes on.
+    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
+        one, which is logged.
+    strict: raise OSError instead.
+    log: add to what the Trainer logs the worst counts since it logged last, and the norm: esper/inf_grad_count,
+        esper/nan_grad_count, esper/grad_norm. They are in `state.log_history`, and in what callbacks after this one
+        are given; those of `report_to` come before it.
     on_critical: as in `watch()`; "halt" drops the step and sets `control.should_training_stop`.
     options: of `watch()`.
     """
 
-    def __init__(self, *, address: str | None = None, on_critical: Policy = "continue", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        address: str | None = None,
+        strict: bool = False,
+        log: bool = False,
+        on_critical: Policy = "continue",
+        **options: Any,
+    ) -> None:
         self.monitor: GradientMonitor | None = None
         self.exporter: Exporter | None = None
-        self._address = address
+        self._runs = Runs(address, strict)
+        self._log = log
         self._on_critical = on_critical
         self._options = options
         self._halted = False
+        self._steps = 0
+        self._to_log: WorstCheck | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
         """Begin to watch."""
-        self.on_train_end()  # one that an exception had ended
         wrapper = trained["optimizer"]  # Accelerate's, which knows the scaler
         optimizer = getattr(wrapper, "optimizer", wrapper)
         self._halted = False
-        self.monitor = watch(
+        self._steps = state.global_step
+        self.monitor = self._runs.begin(
             trained["model"],
-            optimizer=optimizer if isinstance(optimizer, Optimizer) else None,  # DeepSpeed's is none
-            scaler=getattr(wrapper, "scaler", None),
-            on_critical=stopping(self._on_critical, self._halt),
-            **self._options,
+            lambda: watch(
+                trained["model"],
+                optimizer=optimizer if isinstance(optimizer, Optimizer) else None,  # DeepSpeed's is none
+                scaler=getattr(wrapper, "scaler", None),
+                on_critical=stopping(self._on_critical, self._halt),
+                **self._options,
+            ),
         )
-        self.exporter = serve(self.monitor, self._address)
+        self.exporter = self._runs.exporter
+        self._to_log = WorstCheck(self.monitor) if self._log else None
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -58,14 +80,39 @@ class EsperCallback(TrainerCallback):
         control.should_training_stop |= self._halted
         return control
 
-    on_step_end = on_substep_end
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> TrainerControl:
+        """Report how far training is, in full batches, and pass on that it is to stop."""
+        if self.monitor is not None:
+            batch_size = state.train_batch_size or args.train_batch_size
+            samples = (state.global_step - self._steps) * args.gradient_accumulation_steps * batch_size
+            self._steps = state.global_step
+            self.monitor.record(step=state.global_step, samples=samples)
+        return self.on_substep_end(args, state, control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        """Report the loss and the learning rate, for which the Trainer has waited by now."""
+        if self.monitor is None or logs is None:
+            return
+        self.monitor.record(loss=logs.get("loss"), lr=logs.get("learning_rate"))
+        if self._to_log is not None:
+            self.monitor.flush()
+            values = self._to_log.take_values()
+            logs |= values
+            state.log_history[-1] |= values
 
     def on_train_end(self, *_: object, **__: object) -> None:
         """Deliver the last value."""
         if self.monitor is not None:
             self.monitor.close()
-        if self.exporter is not None:
-            self.exporter.close()
 
     def _halt(self) -> None:
         self._halted = True
