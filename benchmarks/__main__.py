@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.contenders import READ, contenders
 from benchmarks.gradients import GRADIENT_SETS, GradientSet
+from benchmarks.hooks import measure_hooks
 from benchmarks.machine import machine
 from benchmarks.measurement import Repeated, Section, Tick, alternate, footprint
 from benchmarks.report import Report
@@ -68,6 +69,7 @@ def measure_gradients(gradient_set: GradientSet, rounds: int, tick: Tick) -> Sec
 
 MEASURES: dict[str, _Measure] = {
     **{each.name: partial(measure_gradients, each) for each in GRADIENT_SETS},
+    "hooks": measure_hooks,
     **{each.name: partial(measure_workload, each) for each in WORKLOADS},
 }
 

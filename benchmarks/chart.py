@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks import contenders, steps
+from benchmarks import contenders, hooks, steps
 from benchmarks.measurement import Section
 
-_OURS = contenders.OURS | {steps.OURS}
+_OURS = contenders.OURS | {steps.OURS, hooks.NO_HOOKS, hooks.HOOKS}
 _OUR_COLOUR, _OTHER_COLOUR = "#1f6feb", "#9aa4af"
 _BAR_INCHES = 0.28
 

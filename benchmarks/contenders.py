@@ -16,6 +16,7 @@ READ = "one read pass: sum() per tensor"
 CHECK = "check, healthy"
 CHECK_BAD = {f"check, {way}": make for way, make in BAD.items()}
 EVERY_LAYER_BAD = [name for name in CHECK_BAD if "every layer" in name]
+LOOK = "looking whether the model has changed"
 UPDATE = "monitor.update(), healthy"
 UPDATE_BAD = "monitor.update(), every layer bad, one element"
 CLIP = "monitor.clip_grad_norm_(): check and clip"
@@ -26,7 +27,7 @@ TORCH_CLIP = "torch.nn.utils.clip_grad_norm_"
 RECORD = "the record's formula: isinf and isnan"
 ORIGINAL = "the original's ten statistics"
 
-OURS = frozenset({CHECK, *CHECK_BAD, UPDATE, UPDATE_BAD, CLIP, STATISTICS})
+OURS = frozenset({CHECK, *CHECK_BAD, LOOK, UPDATE, UPDATE_BAD, CLIP, STATISTICS})
 
 Run = Callable[[], object]
 
@@ -48,6 +49,7 @@ def contenders(gradients: list[Tensor]) -> dict[str, Run]:
         READ: partial(_read, gradients),
         CHECK: partial(scan, gradients),
         **{name: partial(scan, each) for name, each in bad.items()},
+        LOOK: partial(_look, GradientMonitor(model), model),
         UPDATE: partial(_update, GradientMonitor(model), model),
         UPDATE_BAD: partial(_update, GradientMonitor(every_layer_bad), every_layer_bad),
         CLIP: partial(GradientMonitor(model).clip_grad_norm_, max_norm),
@@ -66,9 +68,9 @@ def _assert_exact(gradients: list[Tensor]) -> None:
 
 
 def _model(gradients: list[Tensor]) -> nn.Module:
-    """Return a model with these gradients, whose parameters are never touched and so take no memory."""
-    model = nn.ParameterList(torch.empty_like(gradient) for gradient in gradients)
-    for parameter, gradient in zip(model, gradients, strict=True):
+    """Return a model with these gradients, a module for each; parameters are never touched and so take no memory."""
+    model = nn.ModuleList(nn.ParameterList([torch.empty_like(gradient)]) for gradient in gradients)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient
     return model
 
@@ -81,6 +83,11 @@ def _read(gradients: list[Tensor]) -> None:
 def _update(monitor: GradientMonitor, _model: nn.Module) -> None:
     """Check through the public method; a monitor does not keep its model alive, so it comes along."""
     monitor.update()
+
+
+def _look(monitor: GradientMonitor, _model: nn.Module) -> None:
+    """Find the parameters that the model has now, as each check does."""
+    monitor._gathering.watched.parameters()
 
 
 def _full_statistics(gradients: list[Tensor]) -> None:

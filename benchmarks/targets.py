@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks import contenders, steps
+from benchmarks import contenders, hooks, steps
 from benchmarks.contenders import CHECK, EVERY_LAYER_BAD, ORIGINAL, READ, RECORD, STATISTICS
 from benchmarks.measurement import Section
 
@@ -47,7 +47,7 @@ def _slower(section: str, what: str, names: list[str], base: str, limit: float) 
 
     def reach(measured: Section) -> tuple[str, bool]:
         ratio = max(measured.ratio(name, base).median for name in names)
-        return f"{ratio:.2f} x", ratio <= limit
+        return f"{ratio:.3g} x", ratio <= limit
 
     return Target(section, what, f"<= {limit:g} x {_SHORT.get(base, base)}", reach)
 
@@ -99,10 +99,17 @@ def size(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
-_SHORT = {READ: "one read pass", RECORD: "the record's formula", contenders.TORCH_CLIP: "torch's clip alone"}
+_SHORT = {
+    READ: "one read pass",
+    CHECK: "a check",
+    hooks.NO_HOOKS: "without hooks",
+    RECORD: "the record's formula",
+    contenders.TORCH_CLIP: "torch's clip alone",
+}
 
 TARGETS = [
     _slower("gpt2", "healthy check, GPT-2 small fp32", [CHECK], READ, 1.25),
+    _slower("gpt2", "looking whether the model has changed, GPT-2 small's 148 tensors", [contenders.LOOK], CHECK, 0.02),
     _faster("gpt2", "healthy check, GPT-2 small fp32", CHECK, RECORD, 25),
     _faster("gpt2", "healthy check, GPT-2 small fp32", CHECK, ORIGINAL, 60),
     _slower("gpt2-bf16", "healthy check, GPT-2 small bf16", [CHECK], READ, 1.5),
@@ -110,6 +117,7 @@ TARGETS = [
     _slower("gpt2", "every layer bad, GPT-2 small fp32, worst of four ways", EVERY_LAYER_BAD, READ, 6),
     _faster("gpt2", "full ten statistics, GPT-2 small fp32", STATISTICS, ORIGINAL, 10),
     _slower("gpt2", "check and clip, GPT-2 small fp32", [contenders.CLIP], contenders.TORCH_CLIP, 1.05),
+    _slower("hooks", "400 tensors with a trivial hook of others on each", [hooks.HOOKS], hooks.NO_HOOKS, 2),
     _overhead("sb3", "stable-baselines3 PPO, defaults, whole run", 0.03),
     _overhead("sb3-short", "stable-baselines3 PPO, short rollouts, whole run", 0.03),
     _overhead("gpt", "small GPT training step", 0.015),

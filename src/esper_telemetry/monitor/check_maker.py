@@ -66,11 +66,11 @@ class CheckMaker:
         """Tell whether results are still on a device."""
         return bool(self._launched)
 
-    def measure_early(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
+    def measure_early(self, gradient: Tensor) -> Scan | PendingScan:
         """Measure a gradient as it arrives."""
         started = time.perf_counter()
-        with torch.no_grad(), self._latest.lock:
-            found = self.scan(gradients)
+        with self._latest.lock:
+            found = self.scan([gradient.detach()])
         self.seconds += time.perf_counter() - started
         return found
 

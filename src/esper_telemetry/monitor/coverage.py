@@ -15,7 +15,9 @@ from esper_telemetry.scan import PendingScan, Scan, with_early
 Measure = Callable[[Sequence[Tensor | None]], Scan | PendingScan]
 
 
-def look_on_arrival(tag: Tag, gradient: Tensor | None, measure: Measure) -> Arrival | None:
+def look_on_arrival(
+    tag: Tag, gradient: Tensor | None, measure: Callable[[Tensor], Scan | PendingScan]
+) -> Arrival | None:
     """Look at a gradient that has just arrived, and measure it where it may be gone when the pass ends.
 
     That is so in the first pass, which shows what other code does with it; where it was gone or altered before; and
@@ -23,7 +25,7 @@ def look_on_arrival(tag: Tag, gradient: Tensor | None, measure: Measure) -> Arri
     """
     if gradient is None:
         return None
-    found = measure([gradient]) if tag.early or tag.has_company else None
+    found = measure(gradient) if tag.early or tag.has_company else None
     return id(gradient), gradient._version, found
 
 

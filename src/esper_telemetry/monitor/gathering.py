@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from esper_telemetry.monitor.coverage import Measure, look_on_arrival
+from esper_telemetry.monitor.coverage import look_on_arrival
 from esper_telemetry.monitor.passes import Pass, Passes, SinceUpdate
 from esper_telemetry.monitor.tags import Tag, retag
 from esper_telemetry.monitor.watched import Watched
+from esper_telemetry.scan import PendingScan, Scan
 from esper_telemetry.scan.layers import Model
 
 
@@ -21,7 +22,9 @@ class Gathering:
     fail: takes note of an exception, which never reaches the training loop.
     """
 
-    def __init__(self, model: Model, measure: Measure, fail: Callable[[str], None]) -> None:
+    def __init__(
+        self, model: Model, measure: Callable[[Tensor], Scan | PendingScan], fail: Callable[[str], None]
+    ) -> None:
         self._measure = measure
         self._fail = fail
         self._passes: Passes | None = None

@@ -51,6 +51,17 @@ def _scan_small_model(gradients: Sequence[Tensor | None]) -> Scan | None:
     return Scan(norms, {}, sum(numels)) if math.isfinite(total_norm(norms)) else None
 
 
+def scan_single(gradient: Tensor | None) -> Scan | None:
+    """Scan one small gradient if all is well with it, and be quick: it is looked at while autograd waits."""
+    if type(gradient) is not Tensor or not gradient.is_cpu or (gradient.layout, gradient.dtype) not in _PLAIN:
+        return None
+    numel = gradient.numel()
+    if numel > CHUNK:
+        return None
+    norm: float = torch.linalg.vector_norm(gradient).item()
+    return Scan([norm], {}, numel) if math.isfinite(norm) else None
+
+
 def _scan(gradients: Sequence[Tensor | None]) -> Scan:
     norms: list[float | None] = [None] * len(gradients)
     bad: dict[int, tuple[int, int]] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper_telemetry.scan.cpu import scan_cpu
+from esper_telemetry.scan.cpu import scan_cpu, scan_single
 from esper_telemetry.scan.device import scan_device
 from esper_telemetry.scan.result import PendingScan, Scan
 
@@ -43,6 +43,8 @@ class Scanner:
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
         """Return the scan, or what will be one; raise RuntimeError while a CUDA graph is captured."""
+        if len(gradients) == 1 and (found := scan_single(gradients[0])) is not None:
+            return found
         if _on_cpu(gradients):
             return scan_cpu(gradients)
         if torch.cuda.is_current_stream_capturing():
