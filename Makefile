@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint stack soak bench bench-serving screenshots clean
+.PHONY: run test lint stack soak bench bench-gpu bench-serving screenshots clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
@@ -28,6 +28,9 @@ soak: $(INSTALLED)  ## Place 50 bad checks at random and count the pages; about 
 bench: $(INSTALLED)  ## Measure the cost side by side with what people use today; about 13 minutes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
 	$(BIN)/python -m benchmarks
+
+bench-gpu:  ## Measure the cost on an NVIDIA GPU, with the torch and Triton of $(PYTHON); about 5 minutes
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --out benchmarks
 
 bench-serving: $(INSTALLED)  ## Attack an exporter, and measure what its training thread feels; about 10 minutes
 	$(BIN)/python -m benchmarks.serving --output benchmarks/SERVING.md

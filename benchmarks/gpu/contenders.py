@@ -127,11 +127,10 @@ def _others(copies: Gradients) -> dict[str, Contender]:
     device = copies[0][0].device
     found, scale = torch.zeros(1, device=device), torch.ones(1, device=device)
     models = {id(each): list(_model(each).parameters()) for each in copies}
+    amp = Call(by_turns(lambda each: torch._amp_foreach_non_finite_check_and_unscale_(each, found, scale)))
     return {
         FOREACH_NORM: Call(by_turns(lambda gradients: torch._foreach_norm(gradients, 2))),
-        AMP: Call(
-            by_turns(lambda each: torch._amp_foreach_non_finite_check_and_unscale_(each, found, scale)),
-        ),
+        **({} if copies[0][0].dtype is torch.bfloat16 else {AMP: amp}),  # torch refuses bfloat16 there
         # torch multiplies every gradient at each call; by 1 here, because no norm is above this limit.
         TORCH_CLIP: Call(by_turns(lambda each: torch.nn.utils.clip_grad_norm_(models[id(each)], 1e9))),
         RECORD: Call(by_turns(count_by_isinf_and_isnan), waits=True),
