@@ -100,7 +100,8 @@ def _overview(sections: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for section in (each for each in sections.values() if each.get("kind") == "checks"):
         times = {name: Spread.of(samples["device"]).median for name, samples in section["contenders"].items()}
         share = f"{section['bytes'] / times[CHECK] / ceiling:.0%}" if ceiling and not section["in_cache"] else ""
-        rows.append([section["title"], f"**{_time(times[CHECK])}**", share, *(_time(times[name]) if name in times else "refuses bf16" for name in others)])
+        theirs = [_time(times[name]) if name in times else "refuses bf16" for name in others]
+        rows.append([section["title"], f"**{_time(times[CHECK])}**", share, *theirs])
     return ["gradients", "the check", "of the read bandwidth", *others.values()], rows
 
 
