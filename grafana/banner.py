@@ -28,16 +28,16 @@ TIER_WORDS = {"0": ("calm", "transparent")} | {str(count): ("WARNING", AMBER) fo
 def panels() -> list[Placed]:
     """Return the panels with their places."""
     return [
-        Placed(_state(), 0, 0, 6, 8),
-        Placed(_count("NaN", "NaN does not recover once a step was taken with it."), 6, 0, 4, 5),
-        Placed(_tier("NaN"), 6, 5, 4, 3),
-        Placed(_count("Inf", "Inf can recover: see whether the next checks are clean."), 10, 0, 4, 5),
-        Placed(_tier("Inf"), 10, 5, 4, 3),
-        Placed(_first_bad_layer(), 14, 0, 6, 5),
-        Placed(_since(), 14, 5, 6, 3),
+        Placed(_state(), 0, 0, 6, 9),
+        Placed(_count("NaN", "NaN does not recover once a step was taken with it."), 6, 0, 4, 6),
+        Placed(_tier("NaN"), 6, 6, 4, 3),
+        Placed(_count("Inf", "Inf can recover: see whether the next checks are clean."), 10, 0, 4, 6),
+        Placed(_tier("Inf"), 10, 6, 4, 3),
+        Placed(_first_bad_layer(), 14, 0, 6, 6),
+        Placed(_since(), 14, 6, 6, 3),
         Placed(_last_check(), 20, 0, 4, 3),
-        Placed(_unmeasured(), 20, 3, 4, 2),
-        Placed(_alerts(), 20, 5, 4, 3),
+        Placed(_unmeasured(), 20, 3, 4, 3),
+        Placed(_alerts(), 20, 6, 4, 3),
     ]
 
 
@@ -143,5 +143,6 @@ def _alerts() -> Panel:
         now(q.firing_count("warning"), "warning", "B"),
         steps=((None, GREY), (0, CALM), (1, ORANGE)),
         name=True,
+        size=18,
     )
     return column(panel, "critical", steps=((None, GREY), (0, CALM), (1, RED)))

@@ -62,7 +62,7 @@ def _origin_history() -> Panel:
         "Where it began",
         "The layer nearest the loss that was bad, for as long as its count is shown. Normal is an empty panel; the "
         "first line to begin is the one to look at.",
-        query(q.origin_history(), "{{layer}} {{kind}} · {{run_id}} · {{instance}}"),
+        query(q.origin_history(), "{{layer}} {{kind}} · {{run_id}}"),
         words={"1": ("bad", ALARM)},
         no_value="No bad layer in this time",
     )

@@ -199,15 +199,24 @@ def test_of_many_ranks_the_page_names_three_and_says_how_many_more_there_are(
 
 
 def paged(pager: Pager, summary: str) -> dict[str, Any]:
-    """Return the page with this summary; a large group may take more than one notice to be whole."""
-    found: list[dict[str, Any]] = []
+    """Wait for a page with this summary; a large group may take more than one notice to be whole."""
 
-    def is_there() -> bool:
-        found[:] = [page for page in told(pager, "/pagerduty", "several") if page["payload"]["summary"] == summary]
-        return bool(found)
+    def pages() -> list[dict[str, Any]]:
+        return [page for page in told(pager, "/pagerduty", "several") if page["payload"]["summary"] == summary]
 
-    assert eventually(is_there)
-    return found[0]
+    assert eventually(lambda: bool(pages()))
+    return pages()[0]
+
+
+def chatted(pager: Pager, run: str, ends: str) -> dict[str, Any]:
+    """Wait for a message whose title ends so."""
+
+    def messages() -> list[dict[str, Any]]:
+        every = [message for body in told(pager, "/slack", run) for message in body["attachments"]]
+        return [message for message in every if message["title"].endswith(ends)]
+
+    assert eventually(lambda: bool(messages()))
+    return messages()[0]
 
 
 def test_in_chat_what_fires_comes_first_too_and_any_name_is_plain_text(
@@ -216,10 +225,8 @@ def test_in_chat_what_fires_comes_first_too_and_any_name_is_plain_text(
     run = 'several <b>&"lr=1e-3|bs=256"'
     ranks = [{**WARNING, "instance": f"gpu{rank}:19301", "run": run} for rank in range(5)]
     alertmanager.fire(*ranks)
-    assert eventually(lambda: bool(told(pager, "/slack", run)))
-    [message] = told(pager, "/slack", run)[0]["attachments"]
+    message = chatted(pager, run, ends=" and 2 more")
     assert message["title"].startswith("[firing] summary of EsperInfGradients gpu0:19301; ")
-    assert message["title"].endswith(" and 2 more")
     first, *_, more = message["text"].strip().splitlines()
     assert first == (
         'what to do with several &lt;b&gt;&amp;"lr=1e-3|bs=256" <https://runbooks.example.com/EsperInfGradients.md|runbook>'
@@ -232,9 +239,8 @@ def test_in_chat_what_fires_comes_first_too_and_any_name_is_plain_text(
         '{run="several <b>&\\"lr=1e-3|bs=256\\""}',
     )
     alertmanager.fire(*ranks[:4], ended=True)
-    assert eventually(lambda: len(told(pager, "/slack", run)) == 2)
-    [message] = told(pager, "/slack", run)[1]["attachments"]
-    assert message["title"].startswith("[firing] summary of EsperInfGradients gpu4:19301; resolved: ")
+    still, *over = (f"summary of EsperInfGradients gpu{rank}:19301" for rank in (4, 0, 1))
+    message = chatted(pager, run, ends=f"{still}; resolved: {over[0]}; resolved: {over[1]} and 2 more")
     assert message["text"].endswith("\nresolved: 4\n")
 
 

@@ -184,7 +184,7 @@ def test_the_states_are_those_of_the_rule() -> None:
 
 def test_every_tile_of_the_headline_speaks_of_the_same_run() -> None:
     one = of_headline("").strip()
-    tiles = [panel for panel in PANELS if panel["gridPos"]["y"] < 8 and panel["title"] != "Alerts firing"]
+    tiles = [panel for panel in PANELS if panel["gridPos"]["y"] < 9 and panel["title"] != "Alerts firing"]
     assert len(tiles) == 9
     for tile in tiles:
         (target,) = tile["targets"]
@@ -269,7 +269,7 @@ def test_the_ppo_row_is_collapsed_and_the_banner_is_above_all_rows() -> None:
         "Run and monitor": False,
     }
     assert BOARD["panels"][0]["title"] == "State"
-    assert BOARD["panels"][0]["gridPos"] == {"x": 0, "y": 0, "w": 6, "h": 8}
+    assert BOARD["panels"][0]["gridPos"] == {"x": 0, "y": 0, "w": 6, "h": 9}
 
 
 def test_provisioning_names_one_default_prometheus_with_the_scrape_interval() -> None:
