@@ -151,7 +151,8 @@ def test_halt_ends_with_3_and_says_why_after_it_waited_for_a_scrape():
         "esper ppo: halted: critical gradients at check 41: Inf 6, NaN 0 (critical is above 5), "
         "first in action_net.weight"
     )
-    assert re.fullmatch(r"esper: waiting for .*/metrics to be scraped once more, 0\.1 s at most", said[1])
+    waits = r"esper: waiting for .*/metrics to be scraped once more, 0\.1 s at most; Ctrl-C leaves at once"
+    assert re.fullmatch(waits, said[1])
 
 
 def test_a_run_that_dies_of_a_bad_gradient_says_so_and_fails():
@@ -173,7 +174,7 @@ def test_a_run_that_dies_of_a_bad_gradient_says_so_and_fails():
         (["--inject", "inf@3"], "--inject: expected KIND:COUNT@CHECK[:LAYER] such as inf:6@40 "),
         (["--inject", "inf:1@999999"], "--inject: expected a check from 1 to 6280, which is within reach, got 999999"),
         (["--listen-address", "here"], "--listen-address: expected HOST:PORT such as 127.0.0.1:19301, got 'here'"),
-        (["--listen-address", "192.0.2.1:1"], "--listen-address: expected one to listen on, got '192.0.2.1:1': "),
+        (["--listen-address", "192.0.2.1:1"], "--listen-address: cannot listen on 192.0.2.1:1: "),
         (["--otlp-endpoint", "here"], "--otlp-endpoint: expected a URL such as http://localhost:4318, got 'here'"),
         (["--web.config.file", "gone.yml"], "--web.config.file: gone.yml: No such file or directory"),
         (["--web.config.file", "pyproject.toml"], "--web.config.file: pyproject.toml: "),
@@ -194,5 +195,5 @@ def test_a_port_in_use_is_one_line_and_exit_code_2():
         run = esper("ppo", "--listen-address", address)
     assert run.returncode == 2
     assert run.stderr == (
-        f"esper ppo: --listen-address: expected one to listen on, got '{address}': Address already in use\n"
+        f"esper ppo: --listen-address: cannot listen on {address}: Address already in use\n"
     )

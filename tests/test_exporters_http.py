@@ -2,16 +2,22 @@ import gzip
 import http.client
 import logging
 import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
 from deploy.stack.servers import free_port
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
+from esper_telemetry.exporters.http import open_exporter
+from esper_telemetry.exporters.scrapers import Scrapers
 from tests.snapshots import Source, bad, fresh
 
 
@@ -63,7 +69,7 @@ def test_the_landing_page_has_version_and_links(exporter):
     status, headers, body = get(exporter, "/")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert b"esper-telemetry 0." in body
-    assert b'href="/metrics"' in body
+    assert b'href="metrics"' in body
 
 
 def test_a_query_is_not_part_of_the_path(exporter):
@@ -181,15 +187,200 @@ def test_close_frees_the_port_and_can_be_called_twice(source):
     again.close()
 
 
-def test_a_port_in_use_is_said_in_one_line(exporter, source):
-    address = exporter.url.removeprefix("http://")
-    with pytest.raises(OSError, match=f"address: expected one to listen on, got '{address}': Address already in use"):
-        start_exporter(source, address)
+class TestAPortInUse:
+    @pytest.fixture
+    def taken(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            yield listener.getsockname()[1]
+
+    def test_is_said_in_one_line_and_the_next_free_one_is_taken(self, source, taken, caplog):
+        exporter = start_exporter(source, taken)
+        assert taken < int(exporter.url.rpartition(":")[2]) <= taken + 20
+        assert get(exporter)[0] == 200
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert f"cannot listen on 127.0.0.1:{taken}: Address already in use; serving at " in caplog.text
+        exporter.close()
+
+    def test_is_an_error_where_that_very_port_is_wanted(self, source, taken):
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{taken}: Address already in use"):
+            start_exporter(source, taken, strict=True)
+
+    def test_an_address_of_another_host_is_an_error_in_any_case(self, source):
+        with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1:19301: Cannot assign requested address"):
+            start_exporter(source, "192.0.2.1:19301")
+
+    def test_by_an_exporter_of_this_process_is_taken_over(self, source, caplog):
+        first = start_exporter(source, free_port())
+        source.snapshot = bad()
+        second = start_exporter(Source(bad(inf=3)), first.url.removeprefix("http://"))
+        assert second.url == first.url
+        assert b"\nesper_inf_grad_count 3.0\n" in get(second)[2]
+        assert [record.message for record in caplog.records] == [
+            f"esper: the exporter at {first.url} is replaced by a new one",
+            f"esper: {first.url} shows another run now; nobody has scraped the last bad check of the one before: "
+            "Inf 2, NaN 0 in all, first in policy.weight",
+        ]
+        first.close()
+        assert get(second)[0] == 200
+        second.close(linger=0)
+
+
+def test_an_exporter_follows_another_run(exporter, source):
+    exporter.follow(Source(bad(inf=4)))
+    assert b"\nesper_inf_grad_count 4.0\n" in get(exporter)[2]
+
+
+def test_an_exporter_is_found_by_its_address(exporter):
+    port = int(exporter.url.rpartition(":")[2])
+    assert open_exporter(port) is open_exporter(f"127.0.0.1:{port}") is exporter
+    assert open_exporter("127.0.0.1:0") is None
+
+
+def test_without_a_host_it_listens_on_ipv4_and_ipv6(source):
+    exporter = start_exporter(source, ":0")
+    port = int(exporter.url.rpartition(":")[2])
+    for host in ("127.0.0.1", "::1"):
+        with closing(http.client.HTTPConnection(host, port, timeout=10)) as connection:
+            connection.request("GET", "/-/healthy")
+            assert connection.getresponse().status == 200
+    exporter.close()
+
+
+def test_the_environment_says_where_to_listen_and_how_long_to_linger(source, monkeypatch):
+    monkeypatch.setenv("ESPER_LISTEN_ADDRESS", "127.0.0.1:0")
+    monkeypatch.setenv("ESPER_LINGER_SECONDS", "0.1")
+    exporter = start_exporter(source)
+    source.snapshot = bad()
+    exporter.close()
+    monkeypatch.setenv("ESPER_LINGER_SECONDS", "soon")
+    with pytest.raises(ValueError, match="ESPER_LINGER_SECONDS: expected seconds of at least 0, got 'soon'"):
+        start_exporter(source)
 
 
 @pytest.mark.parametrize(
-    "address", ["", "19301", "host", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536", "::1:80", "a:-1"]
+    ("arguments", "message"),
+    [
+        ((object(),), "source: expected a monitor, as watch(model) returns it, got object"),
+        ((Source(fresh()), 3.5), "address: expected HOST:PORT or a port, got float"),
+        ((Source(fresh()), True), "address: expected HOST:PORT or a port, got bool"),
+    ],
 )
+def test_wrong_arguments_are_told_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start_exporter(*arguments)
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        'application/openmetrics-text; version="1.0.0"',
+        "application/openmetrics-text; version=latest",
+        "text/plain;version=0.0.4;escaping",
+        "application/openmetrics-text;version=;q=x, */*;q=0.1",
+        "\xff;;;=",
+    ],
+)
+def test_what_a_client_accepts_may_be_anything(exporter, accept):
+    status, headers, body = get(exporter, headers={"Accept": accept})
+    assert status == 200
+    assert b"esper_checks_total 0.0\n" in body
+    assert headers["Content-Type"].startswith(("text/plain; version=", "application/openmetrics-text; version="))
+
+
+@pytest.mark.parametrize("encoding", ["gzip;q=0", "gzip; q=0.0", "identity", "deflate, gzip;q=0.000", "xgzip"])
+def test_a_page_is_not_gzipped_where_that_is_not_wanted(exporter, encoding):
+    _, headers, body = get(exporter, headers={"Accept-Encoding": encoding})
+    assert "Content-Encoding" not in headers
+    assert b"esper_checks_total" in body
+
+
+def test_a_page_can_be_asked_for_by_names(exporter):
+    body = get(exporter, "/metrics?name[]=esper_checks_total&name%5B%5D=esper_run_ended")[2]
+    assert re.findall(rb"^(\w+)", body, re.MULTILINE) == [b"esper_checks_total", b"esper_run_ended"]
+
+
+def test_the_page_has_the_process_and_what_a_page_costs(exporter):
+    get(exporter)
+    body = get(exporter)[2]
+    assert b"\nprocess_resident_memory_bytes " in body
+    assert b"\nesper_exporter_scrape_duration_seconds " in body
+
+
+def test_what_goes_wrong_while_answering_is_counted_and_answered(exporter, source):
+    source.snapshot = None
+    for path in ("/api/v1/status", "/-/ready"):
+        assert get(exporter, path)[0] == 500
+    source.snapshot = fresh()
+    assert b"\nesper_exporter_collect_errors_total 2.0\n" in get(exporter)[2]
+
+
+PROMETHEUS = {"User-Agent": "Prometheus/3", "X-Prometheus-Scrape-Timeout-Seconds": "10"}
+
+
+class TestTheLastWord:
+    """That a run has ended is heard by whoever has scraped it."""
+
+    def end(self, source):
+        source.snapshot = replace(source.snapshot, ended=True)
+
+    def test_is_waited_for_until_each_scraper_has_it(self, exporter, source, caplog):
+        get(exporter, headers=PROMETHEUS)
+        self.end(source)
+        scraper = threading.Timer(0.3, get, [exporter], {"headers": PROMETHEUS})
+        scraper.start()
+        began = time.monotonic()
+        exporter.close()
+        assert time.monotonic() - began < 60
+        assert "once more by 127.0.0.1 Prometheus/3, 90 s at most; Ctrl-C leaves at once" in caplog.text
+        scraper.join()
+
+    def test_is_not_waited_for_where_nobody_scraped(self, exporter, source, caplog):
+        self.end(source)
+        exporter.close()
+        assert not caplog.records
+
+    def test_is_not_waited_for_from_a_person_who_looked_once(self, exporter, source, caplog):
+        get(exporter)
+        self.end(source)
+        exporter.close()
+        assert not caplog.records
+
+    def test_is_waited_for_one_and_a_half_of_an_interval(self, source):
+        scrapers, now = Scrapers(), time.monotonic()
+        for visit in (now - 20, now - 10, now):
+            scrapers.note("10.0.0.1", "Prometheus", patient=True, shown=source.snapshot)
+            scrapers._scrapers["10.0.0.1", "Prometheus"].visits[-1] = visit
+        assert scrapers.waiting_for_the_end() == {"10.0.0.1 Prometheus": pytest.approx(15)}
+        scrapers.note("10.0.0.1", "Prometheus", patient=True, shown=replace(source.snapshot, ended=True))
+        assert scrapers.waiting_for_the_end() == {}
+
+    def test_is_not_waited_for_from_one_who_has_gone(self, source):
+        scrapers, now = Scrapers(), time.monotonic()
+        for visit in (now - 100, now - 95, now - 90):
+            scrapers.note("10.0.0.1", "", patient=True, shown=source.snapshot)
+            scrapers._scrapers["10.0.0.1", ""].visits[-1] = visit
+        assert scrapers.waiting_for_the_end() == {}
+
+    def test_is_waited_for_no_longer_than_it_was_said(self, source):
+        exporter = start_exporter(source, "127.0.0.1:0", linger=0.2)
+        get(exporter, headers=PROMETHEUS)
+        self.end(source)
+        began = time.monotonic()
+        exporter.close()
+        assert time.monotonic() - began < 30
+
+    @pytest.mark.parametrize(("code", "ended"), [("pass", True), ("raise SystemError", False)])
+    def test_of_a_process_that_ends_is_that_the_run_ended_unless_it_died(self, code, ended):
+        program = (
+            "import torch\nfrom esper_telemetry import start_exporter, watch\n"
+            "monitor = watch(torch.nn.Linear(1, 1))\nexporter = start_exporter(monitor, '127.0.0.1:0')\n"
+            "close = exporter.close\nexporter.close = lambda: (close(), print(monitor.snapshot.ended))\n" + code
+        )
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert run.stdout == f"{ended}\n"
+
+
+@pytest.mark.parametrize("address", ["19301", "host", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536", "::1:80", "a:-1"])
 def test_what_is_no_address_is_refused(source, address):
     with pytest.raises(ValueError, match="address: expected HOST:PORT"):
         start_exporter(source, address)
@@ -266,6 +457,39 @@ def test_idle_clients_take_no_thread_and_a_scrape_is_still_answered(exporter):
         assert get(exporter)[0] == 200
         assert threading.active_count() == before
     finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_idle_clients_leave_the_training_the_files_that_it_opens():
+    """300 idle clients under `ulimit -n 256`, while a training thread opens and closes files."""
+    program = """
+import resource, socket, sys, tempfile, threading, time
+import torch
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from esper_telemetry import start_exporter, watch
+from esper_telemetry.exporters.address import parse_address
+exporter = start_exporter(watch(torch.nn.Linear(1, 1)), "127.0.0.1:0")
+print(exporter.url, flush=True)
+done, opened = threading.Event(), 0
+threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+while not done.is_set():
+    files = [tempfile.TemporaryFile() for _ in range(50)]
+    opened += len(files)
+    for file in files:
+        file.close()
+print(opened, flush=True)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as trainer:
+        address = parse_address(trainer.stdout.readline().strip().removeprefix("http://"))
+        idle = [socket.create_connection(address) for _ in range(300)]
+        with closing(http.client.HTTPConnection(*address, timeout=10)) as connection:
+            connection.request("GET", "/-/healthy")
+            assert connection.getresponse().status == 200
+        trainer.stdin.close()
+        assert int(trainer.stdout.readline()) > 0
+        assert trainer.wait(30) == 0
         for connection in idle:
             connection.close()
 

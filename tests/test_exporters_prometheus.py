@@ -112,6 +112,7 @@ def test_only_the_largest_layer_norms_have_a_series():
 @pytest.mark.usefixtures("fixed")
 def test_every_metric_that_is_described_is_shown_and_no_other():
     described = {metric.name for metric in METRICS} - {
+        "esper_exporter_scrape_duration_seconds",  # of the HTTP server
         "esper_otlp_export_failures_total",  # only pushed
         "esper_web_config_reload_failures_total",  # of the HTTP server
     }

@@ -498,3 +498,19 @@ class TestASkipThatDoesNotCome:
         loop.scaler.step(loop.optimizer)
         loop.scaler.update()
         assert loop.step().inf_grad_count == 0
+
+
+def test_by_hand_the_first_update_after_unscale_is_of_unscaled_gradients():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    monitor = GradientMonitor(model, optimizer=optimizer, scaler=scaler)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+        scaler.unscale_(optimizer)  # in place, and without a new version of the gradient
+        norm = nn.utils.get_total_norm([each.grad for each in model.parameters()]).item()
+        assert monitor.update().grad_norm == pytest.approx(norm)
+        scaler.step(optimizer)
+        scaler.update()

@@ -1,6 +1,9 @@
+import http.server
 import re
 import socket
+import threading
 import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,7 @@ from playwright.sync_api import expect
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
 from esper_telemetry.snapshot.recent import LayerCounts
+from esper_telemetry.snapshot.train_progress import TrainProgress
 from tests import browser
 from tests.snapshots import Source, bad, fresh
 from tests.test_exporters_http import get
@@ -118,6 +122,65 @@ def test_each_state_says_what_it_is(page, source, state, inf, nan, text):
     expect(page.locator("#inf dd")).to_have_text(inf)
     expect(page.locator("#nan dd")).to_have_text(nan)
     expect(page).to_have_title(re.compile(f"^{state.replace('_', ' ').upper()}"))
+
+
+def test_layers_that_could_not_be_measured_are_no_calm_zero(page, source):
+    names = ("body.weight", "body.bias", "head.weight", "head.bias")
+    healthy = after_check()
+    recent = healthy.recent.after(time.monotonic(), (), 0, len(names))
+    source.snapshot = replace(healthy, unmeasured_layers=names, recent=recent)
+    said = "4 layers were not measured in one check, because other code took the gradient away: body.weight, "
+    shows(page, "not_measuring", said, "and others")
+    source.snapshot = replace(in_state("critical"), unmeasured_layers=names[:1])
+    shows(page, "critical", "7 NaN in one check", "1 layer was not measured in one check")
+
+
+def test_the_page_shows_how_training_goes(page, source):
+    source.snapshot = replace(
+        after_check(), progress=TrainProgress(loss=0.75, learning_rate=3e-4, step=40, samples=640)
+    )
+    shows(page, "healthy")
+    expect(page.locator("#progress")).to_contain_text("Loss0.75")
+    source.snapshot = replace(after_check(), progress=None)
+    page.evaluate("poll()")
+    expect(page.locator("#progress-card")).to_be_hidden()
+
+
+class SubPath(http.server.BaseHTTPRequestHandler):
+    """Stand for a reverse proxy that serves an exporter below a path of its own."""
+
+    def do_GET(self):
+        if not self.path.startswith("/runs/7/"):
+            self.send_error(404)
+            return
+        with urllib.request.urlopen(self.server.exporter + self.path.removeprefix("/runs/7")) as answer:
+            self.send_response(answer.status)
+            for name in ("Content-Type", "Content-Security-Policy"):
+                if answer.headers[name] is not None:
+                    self.send_header(name, answer.headers[name])
+            self.end_headers()
+            self.wfile.write(answer.read())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_page_works_below_the_path_of_a_proxy(chromium, exporter, source):
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SubPath)
+    proxy.exporter = exporter.url
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    context = chromium.new_context()
+    page = context.new_page()
+    try:
+        page.goto(f"http://127.0.0.1:{proxy.server_port}/runs/7/")
+        source.snapshot = in_state("critical")
+        shows(page, "critical", "7 NaN in one check")
+        page.get_by_role("link", name="Metrics").click()
+        expect(page.locator("body")).to_contain_text("esper_nan_grad_recent_max 7.0")
+    finally:
+        context.close()
+        proxy.shutdown()
+        proxy.server_close()
 
 
 def test_a_bad_check_of_a_moment_is_seen_with_the_healthy_one_after_it(page, source):
@@ -289,7 +352,7 @@ def test_it_stands_still_for_who_asked_for_less_motion(page, source):
 
 def test_the_keyboard_reaches_the_links_and_the_focus_is_seen(page):
     shows(page, "healthy")
-    for target in ("/metrics", "/api/v1/status"):
+    for target in ("metrics", "api/v1/status"):
         page.keyboard.press("Tab")
         focused = page.locator(":focus-visible")
         expect(focused).to_have_attribute("href", target)

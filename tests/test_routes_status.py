@@ -132,3 +132,15 @@ def test_every_field_is_documented_and_every_documented_field_exists():
     text = Path("docs/status-api.md").read_text()
     documented = set(re.findall(r"^\| `([a-z_\[\].]+)` \|", text, re.MULTILINE))
     assert documented == set(fields(status(bad())))
+
+
+def test_a_check_that_could_not_measure_layers_is_no_healthy_one():
+    before = bad(inf=0)
+    layers = ("a.weight", "b.weight")
+    shown = status(replace(before, unmeasured_layers=layers, recent=before.recent.after(NOW, (), 0, 2)))
+    assert (shown["state"], shown["tier"], shown["liveness"]) == ("not_measuring", "healthy", "measuring")
+    assert (shown["unmeasured_layers"], shown["unmeasured_max"]) == (["a.weight", "b.weight"], 2)
+
+
+def test_what_is_bad_is_said_before_what_is_not_known():
+    assert status(replace(bad(inf=2), unmeasured_layers=("a.weight",)))["state"] == "warning"

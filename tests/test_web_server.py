@@ -88,7 +88,7 @@ class TestTls:
 
     def test_a_scrape_over_tls_ends_the_wait_at_exit(self, serve):
         exporter = serve(TLS, bad())
-        exporter._source.snapshot = bad(timestamp=2.0)
+        exporter._routes.source.snapshot = bad(timestamp=2.0)
         assert not exporter.linger(0)
         status(exporter.url + "/metrics", context=client_context())
         assert exporter.linger(60)
@@ -218,7 +218,7 @@ def test_a_broken_web_config_is_said_before_anything_listens(tmp_path):
 def test_the_same_bytes_again_are_answered_by_what_is_true_now(serve):
     exporter = serve()
     assert b"\nesper_checks_total 0.0\n" in scrape(exporter)
-    exporter._source.snapshot = bad()
+    exporter._routes.source.snapshot = bad()
     assert b"\nesper_checks_total 40.0\n" in scrape(exporter)
 
 
@@ -226,7 +226,7 @@ def test_under_strain_a_page_is_a_second_old_at_most(serve, monkeypatch):
     monkeypatch.setattr(server.HttpServer, "strained", True)
     exporter = serve()
     assert b"\nesper_checks_total 0.0\n" in scrape(exporter)
-    exporter._source.snapshot = bad()
+    exporter._routes.source.snapshot = bad()
     assert b"\nesper_checks_total 0.0\n" in scrape(exporter)
     assert not exporter.linger(0)  # what was not shown is not delivered
     until(lambda: b"\nesper_checks_total 40.0\n" in scrape(exporter))

@@ -117,6 +117,9 @@ PPO_EPISODES = _counter("esper_ppo_episodes_total", "Episodes finished.", "{epis
 COLLECT_ERRORS = _counter(
     "esper_exporter_collect_errors_total", "Pages that could not be built from the snapshot.", "{error}"
 )
+SCRAPE_DURATION = _gauge(
+    "esper_exporter_scrape_duration_seconds", "Time that building the page before this one took.", "s"
+)
 WEB_CONFIG_RELOAD_FAILURES = _counter(
     "esper_web_config_reload_failures_total",
     "Changes of the web config that were no good; the old one stayed.",

@@ -2,212 +2,229 @@
 
 from __future__ import annotations
 
-import gzip
+import errno
 import logging
+import math
 import os
-import socket
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
-
 from esper_telemetry import metrics
-from esper_telemetry.exporters.address import default_address, parse_address
+from esper_telemetry.exporters.address import default_address, listen, listen_nearby, parse_address, url_of
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
-from esper_telemetry.exporters.prometheus import EsperCollector
-from esper_telemetry.exporters.routes.drill import Drill
-from esper_telemetry.exporters.routes.page import PAGE, PAGE_HEADERS
-from esper_telemetry.exporters.routes.status import status_json
+from esper_telemetry.exporters.routes.routes import Routes
 from esper_telemetry.exporters.samples import Sample, Source
-from esper_telemetry.exporters.web.server import HttpServer, Request, Response
+from esper_telemetry.exporters.scrapers import LONGEST_WAIT, Scrapers
+from esper_telemetry.exporters.web.exchange import Request, Response
+from esper_telemetry.exporters.web.server import HttpServer
 from esper_telemetry.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    import socket
+
     from esper_telemetry.exporters.web.access import Access
 
 logger = logging.getLogger("esper_telemetry")
 
-_GZIP_ABOVE = 1024
-_STALE_SECONDS = 1.0
-_MAX_PAGES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    built: float
-    response: Response
+LINGER_SECONDS = 20.0
+"""How long a bad check that nobody has ever scraped keeps the exporter up at exit."""
 
 
 class Exporter:
     """Serve a monitor's snapshot over HTTP until `close()`, or until the process ends."""
 
-    def __init__(self, source: Source, address: str, linger: float, allow_drill: bool, access: Access | None) -> None:
-        self._source = source
+    def __init__(
+        self, source: Source, listener: socket.socket, linger: float | None, allow_drill: bool, access: Access | None
+    ) -> None:
         self._access = access
-        self._allow_drill = allow_drill
-        self._drill: Drill | None = None
         self._linger_seconds = linger
-        self._registry = CollectorRegistry()
-        self._collector = EsperCollector(source, more=self._own_samples)
-        self._registry.register(self._collector)
-        self._pages: dict[tuple[str, bool], _Page] = {}
+        self._scrapers = Scrapers()
+        self._routes = Routes(source, allow_drill, self._note_scrape, self._own_samples)
         self._shown: Snapshot = source.snapshot
-        self._scraped = threading.Event()
         self._pid = os.getpid()
         self._closed = False
-        self._socket = _listen(address)
-        self.url = _url(self._socket, secure=access is not None and access.context is not None)
+        self.bound = listener.getsockname()[:2]
+        self.url = url_of(listener, secure=access is not None and access.context is not None)
         if access is None or access.open_to_all:
-            _warn_if_open(self._socket)
-        self._server = HttpServer(self._socket, self._respond, access)
+            _warn_if_open(listener)
+        self._server = HttpServer(listener, self._respond, access)
         _open.add(self)
-        at_exit(self.close)
+        at_exit(self._end)
 
-    def linger(self, seconds: float) -> bool:
-        """Wait until the last bad check was scraped, at most `seconds`; return whether it was.
+    def follow(self, source: Source) -> None:
+        """Serve another source from now on; a bad check of the one before that nobody has scraped is logged."""
+        _check_source(source)
+        snapshot = self._routes.snapshot
+        if not self._is_delivered():
+            logger.warning(
+                "esper: %s shows another run now; nobody has scraped the last bad check of the one before: "
+                "Inf %d, NaN %d in all, first in %s",
+                *(self.url, snapshot.inf.elements, snapshot.nan.elements, snapshot.origin_layer),
+            )
+        self._routes.source = source
+        self._shown = source.snapshot
 
-        Return at once when nothing bad happened since the last scrape.
+    def linger(self, seconds: float | None = None) -> bool:
+        """Wait until the last word was scraped; return whether the last bad check was.
+
+        That is the last bad check, and that the run has ended for those who have scraped it before: each is waited for
+        one and a half of its intervals, 90 s at most. A bad check that nobody ever scraped is waited for 20 s.
+
+        seconds: wait so long at most.
         """
-        deadline = time.monotonic() + seconds
-        if not self._delivered() and seconds > 0:
-            logger.warning("esper: waiting for %s/metrics to be scraped once more, %g s at most", self.url, seconds)
-        while not self._delivered() and (left := deadline - time.monotonic()) > 0:
-            self._scraped.wait(left)
-            self._scraped.clear()
-        return self._delivered()
+        limit = math.inf if seconds is None else seconds
+        began = time.monotonic()
+        said = False
+        while (left := began + min(self._worth_waiting(), limit) - time.monotonic()) > 0:
+            if not said:
+                said = True
+                self._say_what_for(left)
+            self._scrapers.visited.wait(min(left, 1.0))
+            self._scrapers.visited.clear()
+        return self._is_delivered()
 
     def close(self, linger: float | None = None) -> None:
-        """Linger, then stop serving and free the port; a second call does nothing.
+        """Linger, then stop serving and free the port; a second call does nothing. Ctrl-C ends the wait.
 
-        linger: seconds, in place of those given to `start_exporter`.
+        linger: seconds at most, in place of those given to `start_exporter`.
         """
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         try:
             self.linger(self._linger_seconds if linger is None else linger)
+        except KeyboardInterrupt:
+            logger.warning("esper: interrupted; %s leaves now", self.url)
         finally:
-            not_at_exit(self.close)
+            not_at_exit(self._end)
             self._server.stop()
 
-    def _delivered(self) -> bool:
-        snapshot = self._source.snapshot
+    def _end(self) -> None:
+        """Close as the process ends; a source that nobody has closed has ended well, unless an exception ends it."""
+        end_source = getattr(self._routes.source, "close", None)
+        if end_source is not None and not self._closed and os.getpid() == self._pid and _ends_well():
+            end_source()
+        self.close()
+
+    def _worth_waiting(self) -> float:
+        """Return the seconds, from the beginning of the wait, for which waiting is worth it; 0 when all is said."""
+        waits = self._scrapers.waiting_for_the_end() if self._routes.snapshot.ended else {}
+        bad = 0.0 if self._is_delivered() else LINGER_SECONDS
+        return max(bad, *waits.values()) if waits else bad
+
+    def _say_what_for(self, seconds: float) -> None:
+        who = ", ".join(self._scrapers.waiting_for_the_end()) if self._routes.snapshot.ended else ""
+        logger.warning(
+            "esper: waiting for %s/metrics to be scraped once more%s, %.3g s at most; Ctrl-C leaves at once",
+            *(self.url, f" by {who}" if who else "", min(seconds, LONGEST_WAIT)),
+        )
+
+    def _is_delivered(self) -> bool:
+        snapshot = self._routes.snapshot
         return (snapshot.inf, snapshot.nan) == (self._shown.inf, self._shown.nan)
 
     def _respond(self, request: Request) -> Response:
-        if request.path == "/-/drill":
-            return self._answer_drill(request)
-        if request.method not in ("GET", "HEAD"):
-            return Response(405, b"only GET and HEAD are answered\n", headers=(("Allow", "GET, HEAD"),))
-        match request.path:
-            case "/metrics":
-                return self._page(request)
-            case "/":
-                return Response(200, PAGE, "text/html; charset=utf-8", PAGE_HEADERS)
-            case "/api/v1/status":
-                return self._status()
-            case "/-/healthy":
-                return Response(200, b"healthy\n")
-            case "/-/ready":
-                return self._readiness()
-        return Response(404, b"not found; the metrics are at /metrics\n")
+        return self._routes.respond(request, self._server.strained)
 
-    def _status(self) -> Response:
-        try:
-            status = status_json(self._source.snapshot)
-        except Exception:
-            self._collector.fail()
-            return Response(500, b"no status could be built\n")
-        return Response(200, status, "application/json", (("Cache-Control", "no-store"),))
-
-    def _answer_drill(self, request: Request) -> Response:
-        """Begin or end a drill; the header keeps web pages from starting one through a visitor's browser."""
-        if not self._allow_drill:
-            return Response(403, b"drills are off; the exporter has to be started with --allow-drill\n")
-        if not ip_address(request.client).is_loopback or "x-esper-drill" not in request.headers:
-            return Response(403, b"drills are started by `esper drill` on this host\n")
-        if request.method == "DELETE":
-            self._drill = None
-            return Response(200, b"the drill is over\n")
-        if request.method != "POST":
-            return Response(405, b"only POST and DELETE are answered\n", headers=(("Allow", "POST, DELETE"),))
-        try:
-            self._drill = Drill.parse(request.query)
-        except ValueError as error:
-            return Response(400, f"{error}\n".encode())
-        return Response(200, b"the drill has begun\n")
+    def _note_scrape(self, request: Request, snapshot: Snapshot) -> None:
+        if snapshot.checks >= self._shown.checks:  # a page that was kept may be older than another client's
+            self._shown = snapshot
+        patient = "x-prometheus-scrape-timeout-seconds" in request.headers
+        self._scrapers.note(request.client, request.headers.get("user-agent", ""), patient, snapshot)
 
     def _own_samples(self) -> Iterator[Sample]:
         # There from the start and without a web config too: the first failure of a new series would be no increase.
         failures = 0 if self._access is None else self._access.reload_failures
         yield Sample(metrics.WEB_CONFIG_RELOAD_FAILURES, (), failures)
-        if self._drill is not None:
-            yield from self._drill.samples()
-
-    def _page(self, request: Request) -> Response:
-        zipped = "gzip" in request.headers.get("accept-encoding", "")
-        key = (request.headers.get("accept", ""), zipped)
-        page = self._pages.get(key) if self._server.strained else None
-        if page is None or time.monotonic() - page.built > _STALE_SECONDS:
-            page = self._build(*key)
-            self._keep(key, page)
-        return page.response
-
-    def _build(self, accept: str, zipped: bool) -> _Page:
-        snapshot = self._source.snapshot  # the page is built after this, so it shows at least as much
-        encode, content_type = choose_encoder(accept)
-        body = encode(self._registry)
-        headers: tuple[tuple[str, str], ...] = (("Vary", "Accept, Accept-Encoding"),)
-        if zipped and len(body) > _GZIP_ABOVE:
-            body = gzip.compress(body, compresslevel=1)
-            headers += (("Content-Encoding", "gzip"),)
-        return _Page(time.monotonic(), Response(200, body, content_type, headers, sent=partial(self._sent, snapshot)))
-
-    def _keep(self, key: tuple[str, bool], page: _Page) -> None:
-        """Keep the page for a moment in which too many ask; what they accept comes in a few ways only."""
-        if key not in self._pages and len(self._pages) >= _MAX_PAGES:
-            self._pages.clear()
-        self._pages[key] = page
-
-    def _sent(self, snapshot: Snapshot) -> None:
-        if snapshot.checks >= self._shown.checks:  # a page that was kept may be older than another client's
-            self._shown = snapshot
-        self._scraped.set()
-
-    def _readiness(self) -> Response:
-        if self._source.snapshot.checks:
-            return Response(200, b"ready\n")
-        return Response(503, b"not ready: nothing was measured yet\n")
 
 
 def start_exporter(
     source: Source,
-    address: str | None = None,
+    address: str | int | None = None,
     *,
-    linger: float = 20.0,
+    linger: float | None = None,
     allow_drill: bool = False,
     web_config_file: str | os.PathLike[str] | None = None,
+    strict: bool = False,
 ) -> Exporter:
     """Serve `source.snapshot` at `address` and return the exporter.
 
+    An exporter of this process at the same address is replaced. Where the port is somebody else's, the next free one is
+    taken, which is logged as an error.
+
     source: a GradientMonitor, or anything with a `.snapshot`.
-    address: HOST:PORT; port 0 picks a free one. Default: 127.0.0.1:19301, plus LOCAL_RANK under torchrun.
-    linger: at exit, seconds to stay up at most until a bad check that was not scraped yet is.
+    address: HOST:PORT, :PORT for all addresses, or a port on loopback; port 0 picks a free one. Default:
+        ESPER_LISTEN_ADDRESS, or 127.0.0.1:19301 plus the local rank.
+    linger: at exit, seconds to wait at most for a last scrape, see `Exporter.linger`; ESPER_LINGER_SECONDS.
     allow_drill: let `esper drill`, on this host, show a made-up critical value that is labelled as a drill.
     web_config_file: TLS and passwords in the format of Prometheus's exporters; followed when it changes.
+    strict: raise OSError where the port is in use.
 
-    Raise ValueError when the address is none or the web config no good, OSError when the address cannot be listened
-    on, ImportError when there is a web config and the extra `server` is not installed.
+    Raise ValueError when the source or the address is none or the web config no good, OSError when the address cannot
+    be listened on, ImportError when there is a web config and the extra `server` is not installed.
     """
+    _check_source(source)
+    linger = _seconds("ESPER_LINGER_SECONDS", os.environ.get("ESPER_LINGER_SECONDS")) if linger is None else linger
+    if linger is not None:
+        linger = _seconds("linger", linger)
+    host, port = parse_address(default_address(source.snapshot.run.local_rank) if address is None else address)
     access = None if web_config_file is None else _access(web_config_file)
-    return Exporter(source, default_address() if address is None else address, linger, allow_drill, access)
+    before = _open_at(host, port)
+    if before is not None:
+        logger.warning("esper: the exporter at %s is replaced by a new one", before.url)
+        before.follow(source)  # says what nobody has scraped
+        before.close(linger=0)
+    return Exporter(source, _listen(host, port, strict), linger, allow_drill, access)
+
+
+def open_exporter(address: str | int) -> Exporter | None:
+    """Return the exporter of this process that serves at an address, or None."""
+    return _open_at(*parse_address(address))
+
+
+def _open_at(host: str, port: int) -> Exporter | None:
+    mine = (each for each in _open if not each._closed and each._pid == os.getpid())
+    return next((each for each in mine if port and each.bound == (host or "::", port)), None)
+
+
+def _listen(host: str, port: int, strict: bool) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        if strict or error.errno != errno.EADDRINUSE:
+            raise
+        listener = listen_nearby(host, port)
+        url = url_of(listener, secure=False).partition("://")[2]
+        logger.error("esper: %s; serving at %s: scrape that, or free the port and start again", error, url)
+        return listener
+
+
+def _check_source(source: object) -> None:
+    if not isinstance(getattr(source, "snapshot", None), Snapshot):
+        kind = type(source).__name__
+        raise ValueError(f"source: expected a monitor, as watch(model) returns it, got {kind}")
+
+
+def _seconds(name: str, given: object) -> float | None:
+    if given is None or given == "":
+        return None
+    try:
+        seconds = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name}: expected seconds of at least 0, got {given!r}")
+    return seconds
+
+
+def _ends_well() -> bool:
+    """Tell whether the process ends without an exception that nobody handled."""
+    return getattr(sys, "last_value", None) is None and threading.current_thread() is threading.main_thread()
 
 
 def _access(web_config_file: str | os.PathLike[str]) -> Access:
@@ -219,27 +236,11 @@ def _access(web_config_file: str | os.PathLike[str]) -> Access:
         raise ValueError(f"web_config_file: {error}") from None
 
 
-def _listen(address: str) -> socket.socket:
-    host, port = parse_address(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = str(error.strerror).partition(" (while ")[0]
-        raise OSError(error.errno, f"address: expected one to listen on, got {address!r}: {reason}") from None
-
-
-def _url(listener: socket.socket, secure: bool) -> str:
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if secure else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
 def _warn_if_open(listener: socket.socket) -> None:
     if not ip_address(listener.getsockname()[0]).is_loopback:
         logger.warning(
             "esper: %s can be read by everyone who reaches it; a web config file adds TLS and passwords",
-            _url(listener, secure=False),
+            url_of(listener, secure=False),
         )
 
 

@@ -85,8 +85,8 @@ class Coverage:
         if found is None:
             if gone or not self._by_hand:
                 self.unmeasured.append(index)
-        elif self._by_hand and not gone and not same and not tag.has_company:
-            tag.early = False  # the owner of the loop did this, and wants it measured as it is
+        elif self._by_hand and not gone:
+            tag.early = False  # who owns the loop may have unscaled it, and wants it measured as it is
         else:
             self._early[index] = _Early(tag, found)
             if not same:

@@ -176,12 +176,13 @@ class PPOJob:
             return start_exporter(
                 self.monitor,
                 self._options.listen_address,
-                **({} if self._options.linger is None else {"linger": self._options.linger}),
+                linger=self._options.linger,
                 allow_drill=self._options.allow_drill,
                 web_config_file=self._options.web_config_file,
+                strict=True,
             )
         except (ValueError, OSError) as error:
-            reason = str(error.strerror if isinstance(error, OSError) else error)
+            reason = f"address: {error.strerror}" if isinstance(error, OSError) else str(error)
             option = re.sub("^web_config_file:", "--web.config.file:", re.sub("^address:", "--listen-address:", reason))
             raise ValueError(option) from None
 

@@ -33,10 +33,11 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
         }
     tier = None if worst is None else HealthTier.of(max(worst.values()))
     liveness = _liveness(snapshot, now)
+    unmeasured = max(recent.unmeasured_max, len(snapshot.unmeasured_layers))
     return {
         "version": version("esper-telemetry"),
         "now": now,
-        "state": liveness if tier in (None, HealthTier.HEALTHY) and liveness != "measuring" else _name(tier),
+        "state": _state(tier, liveness, unmeasured),
         "tier": _name(tier),
         "liveness": liveness,
         "worst": worst,
@@ -50,16 +51,34 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
         "nan": asdict(snapshot.nan),
         "layers": [_layer(layer) for layer in recent.layers or snapshot.layers[:MAX_LAYERS]],
         "layers_dropped": recent.layers_dropped if recent.layers else max(0, len(snapshot.layers) - MAX_LAYERS),
+        "unmeasured_layers": list(snapshot.unmeasured_layers[:MAX_LAYERS]),
+        "unmeasured_max": unmeasured,
         "heads": _heads(snapshot),
         "dead_layers": snapshot.dead_layers,
         "exploding_layers": snapshot.exploding_layers,
         "skipped_updates": dict(snapshot.skipped_updates),
         "amp": _amp(snapshot),
         "ppo": None if snapshot.ppo is None else {name: _number(value) for name, value in asdict(snapshot.ppo).items()},
+        "progress": _progress(snapshot),
         "cost": _cost(snapshot),
         "monitor_errors": snapshot.monitor_errors,
         "history": _history(snapshot, monotonic),
     }
+
+
+def _state(tier: HealthTier | None, liveness: str, unmeasured: int) -> str | None:
+    """Return what a banner should say: what is bad first, then what is not known; 0 only where all was measured."""
+    if tier not in (None, HealthTier.HEALTHY):
+        return _name(tier)
+    if liveness != "measuring":
+        return liveness
+    return "not_measuring" if unmeasured else _name(tier)
+
+
+def _progress(snapshot: Snapshot) -> Json | None:
+    if snapshot.progress is None:
+        return None
+    return {name: _number(value) for name, value in asdict(snapshot.progress).items()}
 
 
 def _liveness(snapshot: Snapshot, now: float) -> str:

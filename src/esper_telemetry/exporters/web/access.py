@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esper_telemetry.exporters.web.auth import BasicAuth, CheckWorker, Verdict
-from esper_telemetry.exporters.web.server import Request, Response
+from esper_telemetry.exporters.web.exchange import Request, Response
 from esper_telemetry.exporters.web.tls import may_enter, server_context
 from esper_telemetry.exporters.web.web_config import WebConfig, WebConfigError, read_web_config
 

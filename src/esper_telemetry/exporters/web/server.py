@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import ssl
 import threading
@@ -21,12 +22,16 @@ from typing import Any, Protocol
 
 import h11
 
+from esper_telemetry.exporters.web.exchange import Request, Response
 from esper_telemetry.exporters.web.pace import PacedSelector
 from esper_telemetry.exporters.web.stream import Stream, TlsStream
 
 logger = logging.getLogger("esper_telemetry")
 
 MAX_CONNECTIONS = 512
+SHARE_OF_FILES = 0.25
+"""How many of the files that the process may open are clients at most; the others are the training's."""
+
 REQUEST_SECONDS = 10.0
 IDLE_SECONDS = 90.0
 """How long a connection is kept between requests; above the usual scrape intervals."""
@@ -39,28 +44,6 @@ _PIPELINE_SECONDS = 0.001
 _GOODBYE_SECONDS = 1.0
 _MAX_HEADER_BYTES = 16 * 1024
 _MAX_KNOWN = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for, and from where; header names are lower case."""
-
-    method: str
-    path: str
-    query: str
-    headers: Mapping[str, str]
-    client: str
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """What is answered. `sent` is called when the whole body was handed to the kernel; for HEAD it is not."""
-
-    status: int
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
-    headers: tuple[tuple[str, str], ...] = ()
-    sent: Callable[[], None] = lambda: None
 
 
 class Guard(Protocol):
@@ -161,7 +144,7 @@ class HttpServer:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._clients) >= MAX_CONNECTIONS:
+        if len(self._clients) >= most_connections():
             self._make_room()
         self._clients[task] = wire = writer.transport
         self._strangers[task] = None
@@ -325,3 +308,11 @@ def _head(response: Response, last: bool) -> bytes:
     fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     status = HTTPStatus(response.status)
     return f"HTTP/1.1 {status.value} {status.phrase}\r\n{fields}\r\n".encode("latin-1")
+
+
+def most_connections() -> int:
+    """Return how many clients there may be at once."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, int(files * SHARE_OF_FILES)))
