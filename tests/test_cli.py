@@ -194,6 +194,4 @@ def test_a_port_in_use_is_one_line_and_exit_code_2():
         address = exporter.url.removeprefix("http://")
         run = esper("ppo", "--listen-address", address)
     assert run.returncode == 2
-    assert run.stderr == (
-        f"esper ppo: --listen-address: cannot listen on {address}: Address already in use\n"
-    )
+    assert run.stderr == (f"esper ppo: --listen-address: cannot listen on {address}: Address already in use\n")
