@@ -40,6 +40,7 @@ def main():
     parser.add_argument("--window", type=float, default=5.0)
     parser.add_argument("--allow-drill", action="store_true")
     parser.add_argument("--huge", type=int, default=0, help="elements of the last layer that are huge at every check")
+    parser.add_argument("--leave", action="store_true", help="end without closing the monitor, as scripts do")
     parser.add_argument("--workers", type=int, default=0, help="load the batches in forked workers")
     options = parser.parse_args()
 
@@ -72,7 +73,8 @@ def main():
         if check == options.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(options.pause)
-    monitor.close()
+    if not options.leave:
+        monitor.close()
 
 
 if __name__ == "__main__":
