@@ -231,6 +231,10 @@ class TestLog:
         norms = [float(row["esper/grad_norm"]) for row in rows]
         assert norms == pytest.approx([seen[3].grad_norm, seen[7].grad_norm, seen[9].grad_norm])
 
+    def test_a_trainer_without_a_logger_is_one_line(self, caplog):
+        fit(Model(), EsperCallback(log=True))
+        assert "log=True expects a Trainer that has a logger" in caplog.text
+
     def test_it_is_off_by_default(self, tmp_path):
         assert self.rows(tmp_path, Model(), EsperCallback(), log_every_n_steps=1) == []
 

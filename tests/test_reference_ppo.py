@@ -1,4 +1,5 @@
 import re
+import socket
 
 import pytest
 from torch.distributions import Distribution
@@ -92,3 +93,10 @@ def test_bad_input_begins_with_the_option(options, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
         PPOJob(Options(**{"listen_address": "127.0.0.1:0"} | options))
     assert "\n" not in str(error.value)
+
+
+def test_a_port_in_use_is_an_error_at_set_up():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"^--listen-address: .*{address}: Address already in use$"):
+            PPOJob(Options(listen_address=address))

@@ -43,7 +43,7 @@ class EsperWatch:
         model: Model,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         *,
-        address: str | None = None,
+        address: str | int | None = None,
         strict: bool = False,
         **options: Any,
     ) -> None:

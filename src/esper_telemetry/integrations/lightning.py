@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ except ImportError:
         from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment, unused-ignore]
     except ImportError as error:
         raise ImportError("Lightning is not installed: pip install 'esper-telemetry[lightning]'") from error
+
+logger = logging.getLogger("esper_telemetry")
 
 
 class EsperCallback(Callback):
@@ -38,7 +41,7 @@ class EsperCallback(Callback):
     def __init__(
         self,
         *,
-        address: str | None = None,
+        address: str | int | None = None,
         strict: bool = False,
         log: bool = False,
         on_critical: Policy = "continue",
@@ -70,6 +73,8 @@ class EsperCallback(Callback):
         )
         self.exporter = self._runs.exporter
         self._to_log = WorstCheck(self.monitor) if self._log else None
+        if self._log and not trainer.loggers:
+            logger.warning("esper: nothing is logged: log=True expects a Trainer that has a logger")
 
     def on_before_optimizer_step(self, trainer: Trainer, *_: object) -> None:
         """Check."""
@@ -109,8 +114,8 @@ class EsperCallback(Callback):
     def _give_to_loggers(self, trainer: Trainer) -> None:
         values = {} if self._to_log is None else self._to_log.take_values()
         if values:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+            for each in trainer.loggers:
+                each.log_metrics(values, step=trainer.global_step)
 
 
 def _logs_at(trainer: Trainer, step: int) -> bool:

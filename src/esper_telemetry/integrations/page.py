@@ -9,22 +9,28 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from esper_telemetry.exporters import http
 from esper_telemetry.exporters.address import parse_address
-from esper_telemetry.exporters.http import Exporter
+from esper_telemetry.exporters.http import Exporter, open_exporter, start_exporter
 from esper_telemetry.monitor import GradientMonitor
+from esper_telemetry.snapshot import Snapshot
 
 logger = logging.getLogger("esper_telemetry")
 
 
 @dataclass
 class Run:
-    """A training run: its monitor, the checks that it had from the run before, and the thread that trains."""
+    """A training run: its monitor, and the thread that trains.
+
+    carries_on: whether it counts on where the run before it stopped.
+    """
 
     monitor: GradientMonitor
-    checks_before: int
+    carries_on: bool
     thread: threading.Thread = field(default_factory=threading.current_thread)
     died: bool = False
+
+    def __post_init__(self) -> None:
+        self._checks_before = self.monitor.snapshot.checks
 
     @property
     def is_over(self) -> bool:
@@ -34,7 +40,7 @@ class Run:
     @property
     def has_measured(self) -> bool:
         """Tell whether it has begun: one that measured nothing may just have been set up."""
-        return self.monitor.snapshot.checks > self.checks_before
+        return self.monitor.snapshot.checks > self._checks_before
 
     def bury(self) -> None:
         """Take its monitor off the model where it has died."""
@@ -44,11 +50,21 @@ class Run:
 
 
 class Page:
-    """What an exporter shows: one run after another. It stays until the process ends, and so does the wait at exit."""
+    """The source of an exporter, which shows one run after another until the process ends, and waits there at exit."""
 
-    def __init__(self, exporter: Exporter, run: Run) -> None:
-        self.exporter = exporter
+    exporter: Exporter
+
+    def __init__(self, run: Run) -> None:
         self.run = run
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Return that of the run which is shown."""
+        return self.run.monitor.snapshot
+
+    def close(self) -> None:
+        """End the run, as the process does that ends well."""
+        self.run.monitor.close()
 
     @property
     def is_open(self) -> bool:
@@ -66,7 +82,8 @@ class Page:
             return
         if before.died or not before.monitor.snapshot.ended:
             logger.warning("esper: %s shows the run that begins now; the one before it did not end", self.exporter.url)
-        follow(self.exporter, run.monitor)
+        if not run.carries_on:
+            self.exporter.follow(self)  # what was scraped of the run before says nothing of this one
 
 
 _pages: defaultdict[str, list[Page]] = defaultdict(list)
@@ -94,9 +111,10 @@ def make_page(address: str, run: Run, strict: bool) -> Page | None:
     host, port = parse_address(address)
     busy = [page.exporter.url for page in _pages[address] if port and not page.run.is_over]
     if busy and strict:
-        raise OSError(errno.EADDRINUSE, f"address: {busy[0]} shows another run of this process, which still trains")
+        raise OSError(errno.EADDRINUSE, f"{busy[0]} shows another run of this process, which still trains")
+    page = Page(run)
     try:
-        exporter = start_exporter(run.monitor, _beside(host, port) if busy else address, strict=strict)
+        page.exporter = start_exporter(page, _beside(host, port) if busy else address, strict=strict)
     except OSError as error:
         if strict:
             raise
@@ -104,45 +122,18 @@ def make_page(address: str, run: Run, strict: bool) -> Page | None:
         return None
     if busy:
         still = "shows another run of this process, which still trains"
-        logger.error("esper: %s %s, so this one is at %s; scrape both", busy[0], still, exporter.url)
-    page = Page(exporter, run)
+        logger.error("esper: %s %s, so this one is at %s; scrape both", busy[0], still, page.exporter.url)
     _pages[address].append(page)
     return page
 
 
 def _beside(host: str, port: int) -> str:
     """Return the next address at which this process does not serve."""
-    host = f"[{host}]" if ":" in host else host
-    while port and open_exporter(f"{host}:{port}") is not None:
+    while port and open_exporter(shown(host, port)) is not None:
         port = (port + 1) % 2**16  # after the last one comes 0, which picks a free one
-    return f"{host}:{port}"
+    return shown(host, port)
 
 
-# Until the exporter itself has these three.
-
-
-def open_exporter(address: str) -> Exporter | None:
-    """Return the exporter of this process at an address."""
-    found = (each for each in http._open if not each._closed and urlsplit(each.url).netloc == address)
-    return next(found, None)
-
-
-def follow(exporter: Exporter, source: GradientMonitor) -> None:
-    """Show another monitor from now on."""
-    exporter._source = exporter._collector._source = source
-
-
-def start_exporter(source: GradientMonitor, address: str, *, strict: bool) -> Exporter:
-    """Serve at an address, or at the next free port."""
-    host, port = parse_address(address)
-    if (before := open_exporter(address)) is not None:
-        before.close(linger=0)
-    for beside in range(port, min(port + 100, 2**16)):
-        try:
-            return http.start_exporter(source, f"{host}:{beside}")
-        except OSError as error:
-            if strict or error.errno != errno.EADDRINUSE:
-                raise
-            if beside == port:
-                logger.error("esper: %s; serving at the next free port", error)
-    return http.start_exporter(source, f"{host}:0")
+def shown(host: str, port: int) -> str:
+    """Return an address as it is written."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from esper_telemetry.exporters.address import parse_address
 from esper_telemetry.exporters.http import Exporter
-from esper_telemetry.integrations.page import Page, Run, find_page, make_page
+from esper_telemetry.integrations.page import Page, Run, find_page, make_page, shown
 from esper_telemetry.monitor import GradientMonitor, GradientsCritical, Policy
 from esper_telemetry.snapshot import Snapshot
 
@@ -32,11 +32,9 @@ class Runs:
     Raise ValueError when the address is none.
     """
 
-    def __init__(self, address: str | None, strict: bool) -> None:
-        if address is not None:
-            parse_address(address)
+    def __init__(self, address: str | int | None, strict: bool) -> None:
         self.exporter: Exporter | None = None
-        self._address = address
+        self._address = None if address is None else shown(*parse_address(address))
         self._strict = strict
         self._last: Run | None = None
 
@@ -48,14 +46,14 @@ class Runs:
         with _lock:
             if self._last is not None:
                 self._last.bury()
-            if (before := _last_runs.get(trained)) is not None and before.has_measured:
-                before.bury()
+            if (other := _last_runs.get(trained)) is not None and other.has_measured:
+                other.bury()
             page = self._find_page()
             before = self._last if page is None else page.run
             monitor = start()
             if before is not None:
                 monitor.carry_on(before.monitor.snapshot)
-            self._last = _last_runs[trained] = Run(monitor, monitor.snapshot.checks)
+            self._last = _last_runs[trained] = Run(monitor, carries_on=before is not None)
             try:
                 self._show(self._last, page)
             except OSError:
@@ -66,7 +64,7 @@ class Runs:
     def show(self, monitor: GradientMonitor) -> None:
         """Show a monitor that somebody else has made, and will close."""
         with _lock:
-            self._show(Run(monitor, monitor.snapshot.checks), self._find_page())
+            self._show(Run(monitor, carries_on=False), self._find_page())
 
     def _find_page(self) -> Page | None:
         return None if self._address is None else find_page(self._address, self.exporter, self._strict)

@@ -41,7 +41,7 @@ class EsperCallback(BaseCallback):
         self,
         monitor: GradientMonitor | None = None,
         *,
-        address: str | None = None,
+        address: str | int | None = None,
         strict: bool = False,
         **options: Any,
     ) -> None:

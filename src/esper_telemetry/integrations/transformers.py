@@ -36,7 +36,7 @@ class EsperCallback(TrainerCallback):
     def __init__(
         self,
         *,
-        address: str | None = None,
+        address: str | int | None = None,
         strict: bool = False,
         log: bool = False,
         on_critical: Policy = "continue",
