@@ -1,4 +1,4 @@
-"""A run that ends well is heard to have ended by a Prometheus that has it in a static list; one that is killed pages."""
+"""A run that ends well is heard to have ended by a Prometheus that lists it for good; one that is killed pages."""
 
 import pytest
 
