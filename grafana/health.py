@@ -35,8 +35,8 @@ HIGH_NORM, EXPLODED_NORM = 5, 10
 def panels() -> list[Placed]:
     """Return the panels with their places."""
     return [
-        Placed(_state_over_time(), 0, 0, 14, 8),
-        Placed(_firing(), 14, 0, 10, 8),
+        Placed(_state_over_time(), 0, 0, 13, 8),
+        Placed(_firing(), 13, 0, 11, 8),
         Placed(_runs(), 0, 8, 24, 7),
         Placed(_counts_over_time(), 0, 15, 12, 8),
         Placed(_bad_checks(), 12, 15, 12, 8),
@@ -48,9 +48,9 @@ def panels() -> list[Placed]:
 
 def _state_over_time() -> Panel:
     return timeline(
-        "State per instance",
-        f"The state of each instance over time; with more than {q.LINES}, those with the worst check. Normal is one "
-        "even line that says HEALTHY.",
+        "State per run",
+        f"The state of each run over time, a line for each of its instances; with more than {q.LINES}, those in the "
+        "worst state. Normal is one even line that says HEALTHY.",
         query(q.state_history(), RUN),
         words=STATE_WORDS,
     )
@@ -79,7 +79,7 @@ def _firing() -> Panel:
     severities = {"critical": ("critical", RED), "warning": ("warning", ORANGE)}
     panel = column(panel, "Severity", words=severities, cell={"type": "color-text"}, width=80)
     panel = column(panel, "Run", noValue="-")
-    panel = column(panel, "Group", links=alertmanager("run"))
+    panel = column(panel, "Group", links=alertmanager("run"), width=110)
     panel = column(panel, "Instance", links=alertmanager("instance"))
     return column(panel, "Firing", **{"custom.hidden": True})
 
@@ -122,6 +122,8 @@ def _runs() -> Panel:
     panel = column(panel, "Last check", unit="s", decimals=0, words={"nan": ("never", GREY)}, noValue="-", width=110)
     steps = ((None, CALM), (1, ORANGE))
     panel = column(panel, "Not measured", steps=steps, cell={"type": "color-text"}, noValue="-", width=110)
+    for name in ("Rank", "Ranks"):
+        panel = column(panel, name, width=70)
     return column(panel, "D", **{"custom.hidden": True})
 
 

@@ -118,8 +118,7 @@ def count_per_instance(kind: str) -> str:
 
 def headline_origin() -> str:
     """Return when the last bad check was, in milliseconds, labelled with where it began; 0 where there was none."""
-    measured = f"({select('esper_last_check_timestamp_seconds')} > 0 unless on (job, instance) {_unmeasured()} > 0)"
-    none = f'label_replace(0 * max({of_headline(measured)}), "layer", "none", "", "")'
+    none = f'label_replace(0 * max({of_headline(f"({_covered()})")}), "layer", "none", "", "")'
     return f"topk(1, {of_headline(_origins())}) or on () {none}"
 
 
@@ -162,13 +161,13 @@ def firing(*matchers: str) -> str:
 
 def firing_count(severity: str) -> str:
     """Return how many alerts of a severity fire."""
-    alerts = firing(f'severity="{severity}"')
+    alerts = _of_chosen_run(firing(f'severity="{severity}"'))
     return f"count({alerts}) or 0 * max({_state()})"
 
 
 def firing_alerts() -> str:
     """Return every alert that fires, with the name of its run where that is known, as 1."""
-    alerts = f"max by (job, instance, alertname, severity, run) ({firing()})"
+    alerts = f"max by (job, instance, alertname, severity, run) ({_of_chosen_run(firing())})"
     run = f"max by (job, instance, run_id) ({_state()} >= bool 0)"
     with_run = f"{alerts} * on (job, instance) group_left (run_id) {run}"
     without = f"{alerts} unless on (job, instance) {_state()}"
@@ -210,12 +209,17 @@ def _state() -> str:
     return select(STATE, CHOSEN_RUN)
 
 
+def _of_chosen_run(alerts: str) -> str:
+    """Leave out what is known to belong to another run; an instance that left the list has alerts and no state."""
+    others = select(STATE, CHOSEN_RUN.replace("=~", "!~"))
+    return f"{alerts} unless on (job, instance) {others}"
+
+
 def _counts(kind: str) -> str:
     """Return the largest count of any one check: of a drill only where nothing is real, 0 only where all is known."""
     real, made_up = (select(NONFINITE, f'kind="{kind}"', drill) for drill in ('drill=""', 'drill!=""'))
     drill = f"{made_up} and on (job, instance) {_state()} == {_CODES['DRILL']}"
-    covered = f"{_checking()} unless on (job, instance) {_unmeasured()} > 0"
-    alternatives = (f"{real} > 0", drill, f"{real} and on (job, instance) ({covered})")
+    alternatives = (f"{real} > 0", drill, f"{real} and on (job, instance) ({_covered()})")
     return " or on (job, instance) ".join(f"max by (job, instance) ({value})" for value in alternatives)
 
 
@@ -235,6 +239,11 @@ def _checking() -> str:
     """Return the instances that made a check within the window."""
     checked = select("esper_last_check_timestamp_seconds")
     return f"{checked} > 0 unless {checked} == {checked} offset {WINDOW}"
+
+
+def _covered() -> str:
+    """Return those of them that measured every layer: only of these a 0 is good news."""
+    return f"{_checking()} unless on (job, instance) {_unmeasured()} > 0"
 
 
 def _unchecked_seconds() -> str:

@@ -228,6 +228,9 @@ def test_the_alerts_are_listed_with_the_name_of_their_run(observed):
         return {(labels["alertname"], labels["severity"]) for labels in found if labels["run_id"]}
 
     until("both are", lambda: alerts() >= expected)
+    (critical_run,) = {each["metric"]["run_id"] for each in observed.ask(QUERIES["State", "A"], **critical)}
+    chosen = [each["metric"] for each in observed.ask(QUERIES["Firing alerts", "A"], run_id=[critical_run])]
+    assert {labels["instance"] for labels in chosen} == set(critical["instance"]), "those of the chosen run alone"
     for letter in "AB":
         (count,) = observed.ask(QUERIES["Alerts firing", letter], **critical)
         assert int(count["value"][1]) >= 1
