@@ -8,16 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
 from deploy.stack.servers import free_port
 from esper_telemetry import start_exporter
+from esper_telemetry.exporters import samples
 from esper_telemetry.exporters.address import parse_address
 from esper_telemetry.exporters.http import open_exporter
 from esper_telemetry.exporters.scrapers import Scrapers
+from esper_telemetry.exporters.web.exchange import Request
 from tests.snapshots import Source, bad, fresh
 
 
@@ -304,6 +307,31 @@ def test_the_page_has_the_process_and_what_a_page_costs(exporter):
     body = get(exporter)[2]
     assert b"\nprocess_resident_memory_bytes " in body
     assert b"\nesper_exporter_scrape_duration_seconds " in body
+
+
+@pytest.mark.parametrize(
+    ("said", "patience"), [("3.5", 3.5), ("60", 10), ("0", 10), ("-1", 10), ("nan", 10), ("soon", 10), (None, 10)]
+)
+def test_nobody_is_answered_for_longer_than_they_wait(said, patience):
+    headers = {} if said is None else {"x-prometheus-scrape-timeout-seconds": said}
+    assert Request("GET", "/metrics", "", headers, "127.0.0.1").patience == patience
+
+
+def test_a_page_that_came_too_late_was_not_delivered(exporter, source):
+    """A scraper that stops reading, and says that it waits for 0.2 s."""
+    layers = tuple(f"layer{number}." + "x" * 4000 for number in range(3000))
+    source.snapshot = replace(bad(), layer_names=layers, layer_norms=(1.0,) * len(layers))
+    large = ExitStack()
+    large.enter_context(mock.patch.object(samples, "MAX_LAYERS", len(layers)))
+    with large, socket.create_connection(parse_address(exporter.url.removeprefix("http://")), timeout=10) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Prometheus-Scrape-Timeout-Seconds: 0.2\r\n\r\n")
+        slow.recv(100)
+        time.sleep(1)
+        with suppress(ConnectionError):
+            while slow.recv(1 << 20):
+                pass
+    assert not exporter.linger(0)
 
 
 def test_what_goes_wrong_while_answering_is_counted_and_answered(exporter, source):

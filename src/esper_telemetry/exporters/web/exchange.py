@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+
+ANSWER_SECONDS = 10.0
+"""How long an answer may take at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +20,18 @@ class Request:
     headers: Mapping[str, str]
     client: str
 
+    @property
+    def patience(self) -> float:
+        """Return the seconds after which nobody waits for the answer any more; scrapers say theirs."""
+        with suppress(ValueError):
+            asked = float(self.headers.get("x-prometheus-scrape-timeout-seconds", ""))
+            return asked if 0 < asked < ANSWER_SECONDS else ANSWER_SECONDS
+        return ANSWER_SECONDS
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What is answered. `sent` is called when the whole body was handed to the kernel; for HEAD it is not."""
+    """What is answered. `sent` is called when the kernel has the whole body, in time; for HEAD it is not."""
 
     status: int
     body: bytes

@@ -223,15 +223,17 @@ class _Connection:
             try:
                 asked = await self._next_request()
             except h11.RemoteProtocolError as error:
-                await self._send(Response(error.error_status_hint, b"bad request\n"), last=True)
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    await self._send(Response(error.error_status_hint, b"bad request\n"), last=True)
                 return
             if asked is None:
                 return
             request = Request(asked.method, asked.path, asked.query, asked.headers, self._client)
-            response = await self._respond(request)
-            if response.status == HTTPStatus.OK:
-                on_answer()
-            await self._send(response, asked.last, with_body=asked.method != "HEAD")
+            async with asyncio.timeout(request.patience):
+                response = await self._respond(request)
+                if response.status == HTTPStatus.OK:
+                    on_answer()
+                await self._send(response, asked.last, with_body=asked.method != "HEAD")
             if asked.last:
                 return
             if self._read:  # who sends many requests at once gives others a turn after each
@@ -279,8 +281,7 @@ class _Connection:
     async def _send(self, response: Response, last: bool, with_body: bool = True) -> None:
         self._stream.write(_head(response, last) + (response.body if with_body else b""))
         if self._stream.waiting:
-            async with asyncio.timeout(REQUEST_SECONDS):
-                await self._stream.drain()
+            await self._stream.drain()
         if with_body:
             response.sent()
 
