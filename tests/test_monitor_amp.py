@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.amp import GradScaler
 
@@ -514,3 +516,39 @@ def test_by_hand_the_first_update_after_unscale_is_of_unscaled_gradients():
         assert monitor.update().grad_norm == pytest.approx(norm)
         scaler.step(optimizer)
         scaler.update()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from("GD"), st.integers(0, 9)), min_size=1, max_size=12),
+    known=st.booleans(),
+    drops=st.booleans(),
+)
+def test_what_no_skip_explains_is_counted_and_what_one_does_is_not(steps, known, drops):
+    """G is stepped by a scaler and D is not; `drops` leaves out D's step, as a loop does that finds its loss bad."""
+    torch.manual_seed(0)
+    models = {"G": nn.Linear(4, 3), "D": nn.Linear(4, 3)}
+    optimizers = {name: torch.optim.SGD(each.parameters(), 1e-3) for name, each in models.items()}
+    scaler = GradScaler("cpu", init_scale=2.0**40)
+    bad = [0]
+    monitor = watch(
+        models,
+        scaler=scaler,
+        optimizer=optimizers["G"] if known else None,
+        before_check=lambda _: models[name].weight.grad.view(-1)[: bad[0]].fill_(math.nan),
+    )
+    for name, bad[0] in steps:
+        model, optimizer = models[name], optimizers[name]
+        clean = copy.deepcopy(model.state_dict())
+        loss = model(torch.ones(2, 4)).sum()
+        (scaler.scale(loss) if name == "G" else loss).backward()
+        if name == "G":
+            scaler.step(optimizer)
+            scaler.update()
+        elif not drops:
+            optimizer.step()
+        optimizer.zero_grad()
+        model.load_state_dict(clean)
+    monitor.close()
+    assert monitor.snapshot.nan.elements == sum(count for name, count in steps if name == "D")
+    assert monitor.snapshot.monitor_errors == 0

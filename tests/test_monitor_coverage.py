@@ -14,9 +14,11 @@ from torch.nn.utils import parametrize
 from esper_telemetry import GradientMonitor, HealthTier, watch
 
 
-def network():
+def network(hidden=()):
+    """Return a network whose first and third modules, and as many between as `hidden` has widths, can be trained."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    between = [layer for width in hidden for layer in (nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 3))]
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), *between)
 
 
 def numel(model):
@@ -350,7 +352,7 @@ class TestModelsThatChange:
     @settings(deadline=None, max_examples=60)
     @given(data=st.data())
     def test_whatever_happens_a_bad_element_is_counted_or_its_layer_is_unmeasured(self, data):
-        model = network()
+        model = network(data.draw(st.lists(st.integers(1, 6), max_size=3)))
         monitor = watch(model)
         nodes = []
         for _ in range(data.draw(st.integers(1, 5))):

@@ -65,6 +65,7 @@ class ScalerWatch:
         parameters: Sequence[Tensor],
         names: Sequence[str],
         arrived: Collection[int] = (),
+        fresh: Collection[int] = (),
     ) -> tuple[Sequence[Tensor | None], AmpReading]:
         """Return what to measure, and what the scaler says now; never wait for a device.
 
@@ -72,6 +73,7 @@ class ScalerWatch:
 
         parameters, names: of all layers.
         arrived: the layers that gradients have reached since the last reading.
+        fresh: those of them whose gradient is a new one, and has not been added to what was there.
 
         Raise RuntimeError while a CUDA graph is captured.
         """
@@ -91,7 +93,9 @@ class ScalerWatch:
             ]
             unscaled = [_Unscaled(range(len(gradients)), (), False), *unscaled]
         scalars = Scalars([scale, tracker, *(found for each in unscaled for found in each.found_inf)])
-        return gradients, AmpReading(self, names, foreign, unscaled, scalars, self.scaler.get_backoff_factor())
+        return gradients, AmpReading(
+            self, names, foreign, frozenset(fresh), unscaled, scalars, self.scaler.get_backoff_factor()
+        )
 
     def look(self) -> tuple[AmpState, Counts]:
         """Return the state as it is now, and what no skip has explained by now; wait for it."""
@@ -196,6 +200,7 @@ class AmpReading:
         watch: ScalerWatch,
         names: Sequence[str],
         foreign: frozenset[int],
+        fresh: frozenset[int],
         unscaled: Sequence[_Unscaled],
         scalars: Scalars,
         backoff_factor: float,
@@ -203,6 +208,7 @@ class AmpReading:
         self._watch = watch
         self._names = names
         self._foreign = foreign
+        self._fresh = fresh
         self._unscaled = unscaled
         self._scalars = scalars
         self._backoff_factor = backoff_factor
@@ -238,7 +244,9 @@ class AmpReading:
         if found.bad and self._watch.explains_overflow():
             handled = {i: counts for i, counts in found.bad.items() if i not in unseen and i not in self._foreign}
         late = self._watch.settle(
-            {names[index]: counts for index, counts in handled.items()}, {names[index] for index in found.bad}, due
+            {names[index]: counts for index, counts in handled.items()},
+            {names[index] for index in found.bad if index not in self._fresh},
+            due,
         )
         bad = {index: counts for index, counts in found.bad.items() if index not in handled}
         return bad | {index: late[name] for index, name in enumerate(names) if name in late} if late else bad

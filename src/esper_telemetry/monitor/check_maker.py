@@ -159,7 +159,7 @@ class CheckMaker:
         late: Sequence[Tensor | None] = coverage.late
         amp = None
         if self.amp is not None:
-            late, amp = self.amp.read(late, parameters, names, order)
+            late, amp = self.amp.read(late, parameters, names, order, _fresh(ended, gradients))
         found = coverage.merge(measure(late))
         layers = [each if gradient is None else gradient for each, gradient in zip(parameters, gradients, strict=True)]
         check = Check(names, layers, order, coverage.unmeasured, time.time(), amp)
@@ -186,3 +186,9 @@ class CheckMaker:
         seconds = self.seconds + time.perf_counter() - started
         self._latest.snapshot = check.publish(self._latest.snapshot, found, seconds)
         self._untold.append(self._latest.snapshot)
+
+
+def _fresh(ended: Pass, gradients: Sequence[Tensor | None]) -> list[int]:
+    """Return the layers whose gradient is a new tensor: what was added to an older one is another version of it."""
+    arrived = ((tag.index, seen) for tag, seen in ended.arrived.items() if seen is not None)
+    return [index for index, seen in arrived if index is not None and seen[1] == 0 and type(gradients[index]) is Tensor]
