@@ -373,21 +373,45 @@ class TestTheLastWord:
         exporter.close()
         assert not caplog.records
 
-    def test_is_waited_for_one_and_a_half_of_an_interval(self, source):
-        scrapers, now = Scrapers(), time.monotonic()
-        for visit in (now - 20, now - 10, now):
-            scrapers.note("10.0.0.1", "Prometheus", patient=True, shown=source.snapshot)
-            scrapers._scrapers["10.0.0.1", "Prometheus"].visits[-1] = visit
-        assert scrapers.waiting_for_the_end() == {"10.0.0.1 Prometheus": pytest.approx(15)}
-        scrapers.note("10.0.0.1", "Prometheus", patient=True, shown=replace(source.snapshot, ended=True))
+    def visit(self, scrapers, *visits, port=1, shown=None, patient=True):
+        now = time.monotonic()
+        for visit in visits:
+            scrapers.note("10.0.0.1 Prometheus", port, patient, shown or fresh(), now + visit)
+
+    def test_is_waited_for_one_and_a_half_of_the_longest_interval(self):
+        scrapers = Scrapers()
+        self.visit(scrapers, -25, -15, -10, 0)
+        assert scrapers.waiting_for_the_end() == {"10.0.0.1 Prometheus": pytest.approx(15, abs=0.1)}
+        self.visit(scrapers, 0, shown=replace(fresh(), ended=True))
         assert scrapers.waiting_for_the_end() == {}
 
-    def test_is_not_waited_for_from_one_who_has_gone(self, source):
-        scrapers, now = Scrapers(), time.monotonic()
-        for visit in (now - 100, now - 95, now - 90):
-            scrapers.note("10.0.0.1", "", patient=True, shown=source.snapshot)
-            scrapers._scrapers["10.0.0.1", ""].visits[-1] = visit
+    def test_is_waited_for_from_each_of_two_servers_at_one_address(self):
+        scrapers = Scrapers()
+        for port in (1, 2):
+            self.visit(scrapers, -20, -10, 0, port=port)
+        self.visit(scrapers, 0, port=1, shown=replace(fresh(), ended=True))
+        assert scrapers.waiting_for_the_end()
+        self.visit(scrapers, 0, port=2, shown=replace(fresh(), ended=True))
         assert scrapers.waiting_for_the_end() == {}
+
+    def test_is_waited_for_where_each_scrape_has_a_new_connection(self):
+        scrapers = Scrapers()
+        for port in range(4):
+            self.visit(scrapers, 10 * port - 30, port=port)
+        assert scrapers.waiting_for_the_end() == {"10.0.0.1 Prometheus": pytest.approx(15, abs=0.1)}
+        self.visit(scrapers, 0, port=5, shown=replace(fresh(), ended=True))
+        assert scrapers.waiting_for_the_end() == {}
+
+    @pytest.mark.parametrize("visits", [(-100, -95, -90), (-200,)])
+    def test_is_not_waited_for_from_one_who_has_gone(self, visits):
+        scrapers = Scrapers()
+        self.visit(scrapers, *visits)
+        assert scrapers.waiting_for_the_end() == {}
+
+    def test_is_not_in_a_page_that_was_asked_for_by_names(self, exporter, source):
+        source.snapshot = bad()
+        get(exporter, "/metrics?name[]=esper_run_ended", headers=PROMETHEUS)
+        assert not exporter.linger(0)
 
     def test_is_waited_for_no_longer_than_it_was_said(self, source):
         exporter = start_exporter(source, "127.0.0.1:0", linger=0.2)

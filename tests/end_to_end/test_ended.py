@@ -14,11 +14,13 @@ def stack(tmp_path):
 @pytest.mark.parametrize("closed", [True, False], ids=["monitor.close()", "the script just ends"])
 def test_who_ends_well_stays_until_that_was_scraped_and_pages_nobody(stack, closed):
     (prometheus,) = stack.prometheus
-    arguments = ["--checks", "300"] + ([] if closed else ["--leave"])
+    arguments = ["--wait", "--checks", "100"] + ([] if closed else ["--leave"])
     with stack.trainer(*arguments) as ended, stack.trainer() as killed:
         stack.list_trainers(ended.url, killed.url)
         for run in (ended, killed):
             stack.wait_until_scraped(run.url)
+        ended.stdin.write("\n")
+        ended.stdin.flush()
         for _ in ended.stdout:
             pass  # until it has left
         assert ended.wait(30) == 0

@@ -135,7 +135,8 @@ class Exporter:
         if snapshot.checks >= self._shown.checks:  # a page that was kept may be older than another client's
             self._shown = snapshot
         patient = "x-prometheus-scrape-timeout-seconds" in request.headers
-        self._scrapers.note(request.client, request.headers.get("user-agent", ""), patient, snapshot)
+        name = " ".join(filter(None, (request.client, request.headers.get("user-agent"))))
+        self._scrapers.note(name, request.port, patient, snapshot)
 
     def _own_samples(self) -> Iterator[Sample]:
         # There from the start and without a web config too: the first failure of a new series would be no increase.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
 from urllib.parse import parse_qs
@@ -130,14 +130,9 @@ class Routes:
         if kept is None or time.monotonic() - kept.built > _STALE_SECONDS:
             kept = self._build(key[0], zipped, names)
             self._keep(key, kept)
-        response, snapshot = kept.response, kept.snapshot
-        return Response(
-            response.status,
-            response.body,
-            response.content_type,
-            response.headers,
-            sent=partial(self._scraped, request, snapshot),
-        )
+        if names:  # it may not show what is bad
+            return kept.response
+        return replace(kept.response, sent=partial(self._scraped, request, kept.snapshot))
 
     def _build(self, accept: str, zipped: bool, names: list[str]) -> _Kept:
         began = time.monotonic()

@@ -12,13 +12,17 @@ ANSWER_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for, and from where; header names are lower case."""
+    """What was asked for, and from where; header names are lower case.
+
+    port: of the client, by which its connections are told apart.
+    """
 
     method: str
     path: str
     query: str
     headers: Mapping[str, str]
     client: str
+    port: int = 0
 
     @property
     def patience(self) -> float:

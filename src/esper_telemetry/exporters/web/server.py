@@ -152,7 +152,7 @@ class HttpServer:
         try:
             stream = await self._let_in(reader, writer)
             if stream is not None:
-                connection = _Connection(stream, writer.get_extra_info("peername")[0], self._known, self._guarded)
+                connection = _Connection(stream, writer.get_extra_info("peername"), self._known, self._guarded)
                 await connection.serve(on_answer=lambda: self._touch(task, number))
                 stream.end()
             writer.close()
@@ -208,12 +208,13 @@ class _Connection:
     def __init__(
         self,
         stream: Stream,
-        client: str,
+        peer: tuple[str, int],
         known: dict[bytes, _Asked],
         respond: Callable[[Request], Awaitable[Response]],
     ) -> None:
         self._stream = stream
-        self._client = client
+        self._client = peer[0].removeprefix("::ffff:")  # IPv4, on a socket that takes IPv6 too
+        self._port = peer[1]
         self._known = known
         self._respond = respond
         self._read = b""  # what has come and was not asked for yet
@@ -228,7 +229,7 @@ class _Connection:
                 return
             if asked is None:
                 return
-            request = Request(asked.method, asked.path, asked.query, asked.headers, self._client)
+            request = Request(asked.method, asked.path, asked.query, asked.headers, self._client, self._port)
             async with asyncio.timeout(request.patience):
                 response = await self._respond(request)
                 if response.status == HTTPStatus.OK:
