@@ -75,9 +75,7 @@ def test_no_room_imports_in_a_circle():
 
 
 def test_the_drawing_shows_the_arrows_that_no_others_imply():
-    implied = {
-        (start, to) for start, to in ARROWS if any(to in below(via, ARROWS) for s, via in ARROWS if s == start)
-    }
+    implied = {(start, to) for start, to in ARROWS if any(to in below(via, ARROWS) for s, via in ARROWS if s == start)}
     drawn = set(re.findall(r"^ +(\S+) --> (\S+)$", PAGE, re.MULTILINE))
     names = dict(re.findall(r"^ +(\w+)\[\"(?:<b>)?([\w/]+)", PAGE, re.MULTILINE))
     assert {(names[start], names[to]) for start, to in drawn} == ARROWS - implied
