@@ -17,7 +17,7 @@ import pytest
 from deploy.stack.servers import free_port
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters import samples
-from esper_telemetry.exporters.address import parse_address
+from esper_telemetry.exporters.address import default_address, parse_address
 from esper_telemetry.exporters.http import open_exporter
 from esper_telemetry.exporters.scrapers import Scrapers
 from esper_telemetry.exporters.web.exchange import Request
@@ -247,6 +247,14 @@ def test_without_a_host_it_listens_on_ipv4_and_ipv6(source):
             connection.request("GET", "/-/healthy")
             assert connection.getresponse().status == 200
     exporter.close()
+
+
+def test_ranks_of_one_host_have_ports_of_their_own():
+    assert [default_address(local_rank) for local_rank in (0, 1, 7)] == [
+        "127.0.0.1:19301",
+        "127.0.0.1:19302",
+        "127.0.0.1:19308",
+    ]
 
 
 def test_the_environment_says_where_to_listen_and_how_long_to_linger(source, monkeypatch):
@@ -520,7 +528,7 @@ import resource, socket, sys, tempfile, threading, time
 import torch
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from esper_telemetry import start_exporter, watch
-from esper_telemetry.exporters.address import parse_address
+from esper_telemetry.exporters.address import default_address, parse_address
 exporter = start_exporter(watch(torch.nn.Linear(1, 1)), "127.0.0.1:0")
 print(exporter.url, flush=True)
 done, opened = threading.Event(), 0
