@@ -159,6 +159,20 @@ class TestGradientsThatOthersTakeAway:
             backward(model)
             assert (monitor.snapshot.inf_grad_count, monitor.snapshot.nan_grad_count) == (1, 0)
 
+    def test_by_a_hook_that_cannot_be_seen_and_mostly_changes_nothing_are_measured_each_time(self):
+        model = network()
+        node = node_of(model[0].weight)
+        node.register_hook(lambda *_: nn.utils.clip_grad_value_([model[0].weight], 1e6))
+        monitor = watch(model)
+        for step in range(5):
+            model.zero_grad()
+            if step == 4:
+                spoil_next(model[0].weight, 1, math.inf)
+            backward(model)
+            assert monitor.snapshot.unmeasured_layers == ()
+            assert monitor.snapshot.inf_grad_count == (step == 4)
+        assert node
+
     def test_that_a_hook_makes_bad_are_counted_too(self):
         model = network()
 

@@ -30,9 +30,10 @@ def look_on_arrival(
 
 
 class _Early(NamedTuple):
-    """Hold what was measured of a gradient as it arrived."""
+    """Hold what was measured of a gradient as it arrived, and whether it is still that one."""
 
     tag: Tag
+    same: bool
     found: Scan | PendingScan
 
 
@@ -74,7 +75,7 @@ class Coverage:
         if not self._early:
             return late
         for index, early in self._early.items():
-            if self.late[index] is not None and _alike(late, index, early.found):
+            if early.same and self.late[index] is not None and _alike(late, index, early.found):
                 early.tag.early = False
         return with_early(late, {index: early.found for index, early in self._early.items()})
 
@@ -88,7 +89,7 @@ class Coverage:
         elif self._by_hand and not gone:
             tag.early = False  # who owns the loop may have unscaled it, and wants it measured as it is
         else:
-            self._early[index] = _Early(tag, found)
+            self._early[index] = _Early(tag, same, found)
             if not same:
                 tag.early = True
             elif not tag.early:
