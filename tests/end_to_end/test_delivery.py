@@ -25,7 +25,7 @@ def assert_one_page(stack, count=7, kind="Inf", layer="2.weight"):
 
 
 def test_before_the_first_scrape(stack):
-    with stack.trainer(*FAULT) as run:
+    with stack.trainer(*FAULT, "--window", "20") as run:  # a busy Prometheus may take seconds to see a new target
         read_until(run, 4)
         stack.list_trainers(run.url)
         assert_one_page(stack)
