@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from esper_telemetry.monitor.scalars import Scalars
+from esper_telemetry.monitor.steps import parameter_ids
 from esper_telemetry.scan import Scan
 from esper_telemetry.snapshot.amp_state import AmpState
 
@@ -123,7 +124,7 @@ class ScalerWatch:
         It does call a fused one, which is given `found_inf` for that time and skips by itself.
         """
         if getattr(optimizer, "found_inf", None) is None:
-            own = _parameter_ids(optimizer)
+            own = parameter_ids(optimizer)
             self._stepped_with |= {name for name, each in zip(names, parameters, strict=True) if id(each) in own}
 
     def explains_overflow(self) -> bool:
@@ -158,7 +159,7 @@ class ScalerWatch:
         """
         if not self._optimizers:
             return frozenset()
-        own: set[int] = set().union(*map(_parameter_ids, self._live_optimizers()))
+        own: set[int] = set().union(*map(parameter_ids, self._live_optimizers()))
         foreign = frozenset(index for index, parameter in enumerate(parameters) if id(parameter) not in own)
         return foreign if len(foreign) < len(parameters) else frozenset()
 
@@ -184,7 +185,7 @@ class ScalerWatch:
             state = states.get(id(optimizer))  # asking for it with [] would make one
             if state is None or state["stage"] is OptState.READY:
                 continue
-            own = _parameter_ids(optimizer)
+            own = parameter_ids(optimizer)
             layers = frozenset(index for index, parameter in enumerate(parameters) if id(parameter) in own)
             waits = state["stage"] is OptState.UNSCALED
             layers = layers if waits else layers - arrived
@@ -273,7 +274,3 @@ class _Unscaled(NamedTuple):
     layers: Collection[int]
     found_inf: Sequence[Tensor]
     waits: bool
-
-
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

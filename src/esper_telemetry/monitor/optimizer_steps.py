@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from esper_telemetry.monitor.steps import parameter_ids
 from esper_telemetry.monitor.watched import Watched
 
 OnStep = Callable[[Optimizer], None]
@@ -48,7 +49,7 @@ class UncheckedSteps:
         self._checks_at[optimizer] = checks
         if before is not None and before != checks:
             return False
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = parameter_ids(optimizer)
         layers = zip(watched.parameters(), watched.tags, strict=True)
         with_gradients = [tag for each, tag in layers if id(each) in own and each.grad is not None]
         missed = any(before is not None or tag.thread is None for tag in with_gradients)

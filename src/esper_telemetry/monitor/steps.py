@@ -28,6 +28,11 @@ def list_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[O
     return given
 
 
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return which parameters an optimizer steps, by their ids."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def check_can_drop(optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError when there is no optimizer whose steps can be dropped, or one whose steps cannot."""
     if not optimizers:

@@ -30,7 +30,6 @@ class Watched:
     compares what is there with what was listed.
 
     names, tags: of the layers, as listed.
-    aliases: every other name of a layer -> its name, as of the beginning.
 
     Raise ValueError when the model is none, or has parameters that have no shape yet.
     """
@@ -47,7 +46,6 @@ class Watched:
         }
         self.names: tuple[str, ...] = ()
         self.tags: list[Tag] = []
-        self.aliases = {alias: layer.name for layer in layers for alias in layer.aliases}
         self._relist()
         _follow_registrations(self)
 
