@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint stack soak bench bench-gpu bench-serving screenshots clean
+.PHONY: run test lint docs stack soak bench bench-gpu bench-serving screenshots clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
@@ -18,6 +18,10 @@ lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## Build the documentation into build/docs; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --quiet -c docs . build/docs
+	@echo "file://$(CURDIR)/build/docs/index.html"
 
 stack: $(INSTALLED)  ## See a page arrive: a fault, Prometheus, Alertmanager and a pager, natively
 	$(BIN)/python -m deploy.stack
@@ -39,7 +43,7 @@ screenshots: $(INSTALLED)  ## Take the pictures of the exporter's page from real
 	$(BIN)/python -m tests.screenshots
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,4 @@
-import re
-from pathlib import Path
-
 from esper_telemetry.metrics import METRICS
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 def test_names_are_unique_and_say_their_type():
@@ -15,6 +10,8 @@ def test_names_are_unique_and_say_their_type():
         assert metric.name.removesuffix("_total").endswith("_seconds") == (metric.unit == "s")
 
 
-def test_the_readme_has_the_same_table():
-    rows = re.findall(r"^\| `(esper_\w+)` \| (\w+) \| (.*?) \| (.*) \|$", README.read_text(), re.MULTILINE)
-    assert rows == [(metric.name, metric.type, ", ".join(metric.labels) or "none", metric.help) for metric in METRICS]
+def test_the_help_is_one_line_that_a_table_can_hold():
+    for metric in METRICS:
+        assert metric.help.endswith("."), metric.name
+        assert "\n" not in metric.help, metric.name
+        assert "|" not in metric.help, metric.name
