@@ -55,6 +55,8 @@ class Check(NamedTuple):
             checks=before.checks + 1,
             inf_grad_count=found.inf_count,
             nan_grad_count=found.nan_count,
+            owned_inf_count=found.inf_count,
+            owned_nan_count=found.nan_count,
             grad_norm=total_norm(found.norms),
             elements=found.elements,
             timestamp=self.timestamp,

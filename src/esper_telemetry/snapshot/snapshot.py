@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from esper_telemetry.snapshot.amp_state import AmpState
     from esper_telemetry.snapshot.heads import Head, WatchedHeads
     from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
+    from esper_telemetry.snapshot.rank_share import GradScope, LocalCheck
     from esper_telemetry.snapshot.train_progress import TrainProgress
 
 
@@ -64,7 +65,12 @@ class Snapshot:
 
     Before the first check `checks` is 0, the counts are 0 and everything that was not measured is None.
 
-    inf_grad_count, nan_grad_count: elements of that kind at the last check, over everything watched.
+    inf_grad_count, nan_grad_count: elements of that kind at the last check, over everything watched; of several ranks
+        what this one's optimizer will see.
+    owned_inf_count, owned_nan_count: those of them that this rank owns, so that the sum over ranks counts each element
+        once; None where that is not known.
+    local: what this rank's own backward pass made; None where it was not measured, as in a run of one rank.
+    scope: what these numbers cover; None before the first check.
     grad_norm: L2 norm before clipping; Inf or NaN where an element is.
     elements: how many elements the last check covered.
     layers: the layers that were bad at the last check, worst first.
@@ -75,6 +81,7 @@ class Snapshot:
     watched_heads: which layers are in which head; `heads` reads them.
     dead_layers, exploding_layers: as of the last full statistics, which have a slower cadence than checks.
     history: the last minutes in slots, and how trouble began.
+    unmonitored_steps: optimizer steps with gradients of the model that no check preceded.
     amp: the GradScaler's state at the last check, None where none is watched.
     monitor_seconds: time spent measuring so far.
     progress: what the loop told of its training; None where it told nothing.
@@ -84,6 +91,10 @@ class Snapshot:
     checks: int
     inf_grad_count: int
     nan_grad_count: int
+    owned_inf_count: int | None
+    owned_nan_count: int | None
+    local: LocalCheck | None
+    scope: GradScope | None
     grad_norm: float | None
     elements: int | None
     layers: tuple[LayerCounts, ...]
@@ -100,6 +111,7 @@ class Snapshot:
     recent: RecentWindow
     history: History
     skipped_updates: dict[str, int]
+    unmonitored_steps: int
     amp: AmpState | None
     monitor_seconds: float
     monitor_errors: int
@@ -118,6 +130,10 @@ class Snapshot:
             checks=0,
             inf_grad_count=0,
             nan_grad_count=0,
+            owned_inf_count=0,
+            owned_nan_count=0,
+            local=None,
+            scope=None,
             grad_norm=None,
             elements=None,
             layers=(),
@@ -134,6 +150,7 @@ class Snapshot:
             recent=RecentWindow(recent_window_seconds),
             history=History(recent_window_seconds),
             skipped_updates={"amp": 0, "intervention": 0},
+            unmonitored_steps=0,
             amp=None,
             monitor_seconds=0.0,
             monitor_errors=0,
@@ -147,6 +164,21 @@ class Snapshot:
         """Return the tier of the last check, the worse of its two kinds; without a full look it is never healthy."""
         tier = HealthTier.of(max(self.inf_grad_count, self.nan_grad_count))
         return HealthTier.WARNING if self.unmeasured_layers and tier is HealthTier.HEALTHY else tier
+
+    @property
+    def local_inf_count(self) -> int | None:
+        """Return the Inf elements that this rank's own backward pass made; None where that was not measured."""
+        return None if self.local is None else self.local.inf_count
+
+    @property
+    def local_nan_count(self) -> int | None:
+        """Return the NaN elements that this rank's own backward pass made; None where that was not measured."""
+        return None if self.local is None else self.local.nan_count
+
+    @property
+    def local_origin_layer(self) -> str | None:
+        """Return the layer where the last trouble that this rank itself made began."""
+        return None if self.local is None else self.local.origin_layer
 
     @property
     def heads(self) -> Mapping[str, Head]:
@@ -189,6 +221,8 @@ class Snapshot:
             history=replace(before.history, quiet_seconds=self.history.quiet_seconds),
             watched_heads=heads,
             skipped_updates=before.skipped_updates,
+            unmonitored_steps=before.unmonitored_steps,
+            local=before.local and before.local.within(self.recent.seconds),
             monitor_seconds=before.monitor_seconds,
             monitor_errors=before.monitor_errors,
             ppo=before.ppo,
