@@ -1,14 +1,14 @@
-"""The code blocks of docs/loops.md, to be run as they stand there."""
+"""The code blocks of the documents, to be run as they stand there."""
 
 import re
 from pathlib import Path
 
-LOOPS = (Path(__file__).parents[1] / "docs" / "loops.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def blocks():
+def blocks(page="loops.md"):
     """Return heading -> code of the section's first block."""
-    sections = re.split(r"^## ", LOOPS, flags=re.MULTILINE)[1:]
+    sections = re.split(r"^## ", (DOCS / page).read_text(), flags=re.MULTILINE)[1:]
     found = {section.partition("\n")[0]: re.search(r"```python\n(.*?)```", section, re.DOTALL) for section in sections}
     return {heading: block[1] for heading, block in found.items() if block}
 
