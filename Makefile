@@ -1,18 +1,25 @@
 # Set-up and every job of the project. Needs make, and Python 3.11 or newer as $(PYTHON).
 PYTHON ?= python3
+# The versions that CI runs; empty for the newest.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadgroup
 
-.PHONY: run test lint docs stack soak bench bench-gpu bench-serving screenshots clean
+.PHONY: run test test-lowest lint docs dist stack soak bench bench-gpu bench-serving screenshots clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
 
 test: $(INSTALLED)  ## Run every test; servers that are missing are fetched first
 	$(BIN)/python -m deploy.stack.servers
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --ignore tests/end_to_end
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup tests/end_to_end  # they wait
+	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end
+	$(PYTEST) --numprocesses 3 tests/end_to_end  # they wait
+
+test-lowest:  ## Run the tests with the oldest dependencies that pyproject.toml allows, all but torch
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.venv-lowest/lowest.txt
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
@@ -23,6 +30,12 @@ docs: $(INSTALLED)  ## Build the documentation into build/docs; a warning is an 
 	$(BIN)/python -m sphinx --fail-on-warning --quiet -c docs . build/docs
 	@echo "file://$(CURDIR)/build/docs/index.html"
 
+dist: $(INSTALLED)  ## Build the wheel and the sdist into dist/
+	$(INSTALL) --group dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m pyroma --min 9 dist/*.tar.gz
+	$(BIN)/python -m twine check --strict dist/*
+
 stack: $(INSTALLED)  ## See a page arrive: a fault, Prometheus, Alertmanager and a pager, natively
 	$(BIN)/python -m deploy.stack
 
@@ -30,7 +43,7 @@ soak: $(INSTALLED)  ## Place 50 bad checks at random and count the pages; about 
 	$(BIN)/python -m deploy.stack.soak --placements 50
 
 bench: $(INSTALLED)  ## Measure the cost side by side with what people use today; about 13 minutes
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	$(INSTALL) --group bench
 	$(BIN)/python -m benchmarks
 
 bench-gpu:  ## Measure the cost on an NVIDIA GPU, with the torch and Triton of $(PYTHON); about 5 minutes
@@ -43,10 +56,14 @@ screenshots: $(INSTALLED)  ## Take the pictures of the exporter's page from real
 	$(BIN)/python -m tests.screenshots
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --group dev --editable .
 	@touch $@
+
+%/lowest.txt: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	$(PYTHON) -m tests.lowest > $@
