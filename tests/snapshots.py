@@ -6,7 +6,8 @@ from esper_telemetry.snapshot import RunInfo, Snapshot
 from esper_telemetry.snapshot.amp_state import AmpState
 from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
-from esper_telemetry.snapshot.recent import LayerCounts
+from esper_telemetry.snapshot.ranks import BadRank, RankPlace, Ranks
+from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 from esper_telemetry.snapshot.train_progress import TrainProgress
 
 RUN = RunInfo(run_id="run-1", rank=0, world_size=1, local_rank=0, attempt=0, host="box", pid=4711)
@@ -23,6 +24,22 @@ class Source:
 def fresh():
     """Return what is known before the first check."""
     return Snapshot.before_first_check(RUN, 120.0)
+
+
+def of_ranks(inf=2, nan=0, timestamp=1.7e9):
+    """Return what rank 0 knows of two ranks, of which the other one is bad."""
+    return Ranks(
+        expected=2,
+        reporting=2,
+        gone=0,
+        silent=(),
+        recent=RecentWindow(120.0).after(NOW, (LayerCounts("", inf, nan, 0),), 0),
+        exact=True,
+        attributed=True,
+        bad=(BadRank(1, "gpu-7", inf, nan, "policy.weight", 40, timestamp, NOW),) if inf or nan else (),
+        places=(RankPlace(0, 0, "box", "10.0.0.1:19301"), RankPlace(1, 0, "gpu-7", "10.0.0.2:19301")),
+        leader="http://10.0.0.1:19301",
+    )
 
 
 def bad(inf=2, nan=0, timestamp=1.7e9):
@@ -65,5 +82,6 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
             clip_fraction=0.05,
             explained_variance=None,
         ),
+        ranks=of_ranks(inf, nan, timestamp),
         progress=TrainProgress(loss=0.75, learning_rate=3e-4, step=40, samples=640),
     )

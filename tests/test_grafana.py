@@ -125,6 +125,14 @@ def test_every_metric_of_the_exporter_is_shown_but_for_these() -> None:
         "esper_ppo_update_seconds",
         "esper_recent_window_seconds",
         "esper_exporter_scrape_duration_seconds",  # for who looks into a slow scrape
+        "esper_global_inf_grad_recent_max",
+        "esper_global_nan_grad_recent_max",
+        "esper_bad_ranks",
+        "esper_ranks_expected",
+        "esper_ranks_reporting",
+        "esper_ranks_gone",
+        "esper_rank_nonfinite_grads",
+        "esper_rank_origin_layer",
     }, "show a new metric in a panel of grafana/, or name it here"
 
 

@@ -136,6 +136,41 @@ TRAIN_STEP = _gauge("esper_train_step", "Step as the training loop told it last;
 TRAIN_SAMPLES = _counter("esper_train_samples_total", "Samples that the training loop has processed.", "{sample}")
 MONITOR_ERRORS = _counter("esper_monitor_errors_total", "Checks that failed by a fault of the monitor.", "{error}")
 MONITOR_SECONDS = _counter("esper_monitor_seconds_total", "Time spent measuring in the training thread.", "s")
+GLOBAL_INF_GRAD_RECENT_MAX = _gauge(
+    "esper_global_inf_grad_recent_max",
+    "Largest number of Inf elements in one check of the whole run within the recent window, each once; of rank 0.",
+    "{element}",
+)
+GLOBAL_NAN_GRAD_RECENT_MAX = _gauge(
+    "esper_global_nan_grad_recent_max",
+    "Largest number of NaN elements in one check of the whole run within the recent window, each once; of rank 0.",
+    "{element}",
+)
+BAD_RANKS = _gauge(
+    "esper_bad_ranks",
+    "Ranks whose own backward pass was bad within the recent window; NaN where ranks do not measure that.",
+    "{rank}",
+)
+RANKS_EXPECTED = _gauge("esper_ranks_expected", "Ranks of the run.", "{rank}")
+RANKS_REPORTING = _gauge(
+    "esper_ranks_reporting", "Ranks that rank 0 hears of, or that have ended; NaN where the job has no store.", "{rank}"
+)
+RANKS_GONE = _gauge(
+    "esper_ranks_gone",
+    "Ranks that rank 0 has heard of and hears no more, and that never said that they ended.",
+    "{rank}",
+)
+RANK_NONFINITE_GRADS = _gauge(
+    "esper_rank_nonfinite_grads",
+    "Most bad elements in one check of the rank's own backward pass within the recent window, of the worst 5 ranks.",
+    "{element}",
+    ("rank", "host", "kind"),
+)
+RANK_ORIGIN_LAYER = _gauge(
+    "esper_rank_origin_layer",
+    "Place of the rank among those that went bad, 1 for the first, with the layer where it began; the worst 5 ranks.",
+    labels=("rank", "host", "layer"),
+)
 RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed: no further check is to come.")
 RUN_INFO = _gauge(
     "esper_run_info", "The run behind this target.", labels=("run_id", "rank", "world_size", "host", "pid")

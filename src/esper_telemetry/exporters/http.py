@@ -55,6 +55,7 @@ class Exporter:
         self._server = HttpServer(listener, self._respond, access)
         _open.add(self)
         at_exit(self._end)
+        self._announce(source)
 
     def follow(self, source: Source) -> None:
         """Serve another source from now on; a bad check of the one before that nobody has scraped is logged."""
@@ -68,6 +69,7 @@ class Exporter:
             )
         self._routes.source = source
         self._shown = source.snapshot
+        self._announce(source)
 
     def linger(self, seconds: float | None = None) -> bool:
         """Wait until the last word was scraped; return whether the last bad check was.
@@ -110,6 +112,12 @@ class Exporter:
         if end_source is not None and not self._closed and os.getpid() == self._pid and _ends_well():
             end_source()
         self.close()
+
+    def _announce(self, source: Source) -> None:
+        """Say where its page is to a source that tells the other ranks."""
+        announce = getattr(source, "announce", None)
+        if announce is not None:
+            announce(self.url)
 
     def _worth_waiting(self) -> float:
         """Return the seconds, from the beginning of the wait, for which waiting is worth it; 0 when all is said."""

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from esper_telemetry import metrics
 from esper_telemetry.metrics import Metric
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.ranks import Ranks, worst_of
 from esper_telemetry.snapshot.recent import MAX_LAYERS
 
 version = cache(metadata.version)  # it reads a file
@@ -43,6 +44,8 @@ def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sampl
     yield from _heads(snapshot)
     yield from _ppo(snapshot)
     yield from _progress(snapshot)
+    if snapshot.ranks is not None and snapshot.run.rank == 0:
+        yield from _ranks(snapshot.ranks, time.monotonic() if now is None else now)
     yield from _run(snapshot)
 
 
@@ -125,6 +128,22 @@ def _progress(snapshot: Snapshot) -> Iterator[Sample]:
     yield Sample(metrics.TRAIN_STEP, (), _or_nan(progress.step))
     if progress.samples is not None:
         yield Sample(metrics.TRAIN_SAMPLES, (), progress.samples)
+
+
+def _ranks(ranks: Ranks, now: float) -> Iterator[Sample]:
+    known = ranks.reporting is not None
+    recent, bad = ranks.recent.read(now), ranks.bad_at(now)
+    yield Sample(metrics.GLOBAL_INF_GRAD_RECENT_MAX, (), recent.inf_max if known else math.nan)
+    yield Sample(metrics.GLOBAL_NAN_GRAD_RECENT_MAX, (), recent.nan_max if known else math.nan)
+    yield Sample(metrics.BAD_RANKS, (), math.nan if bad is None else len(bad))
+    yield Sample(metrics.RANKS_EXPECTED, (), ranks.expected)
+    yield Sample(metrics.RANKS_REPORTING, (), _or_nan(ranks.reporting))
+    yield Sample(metrics.RANKS_GONE, (), ranks.gone if known else math.nan)
+    for place, rank in worst_of(bad or ()):
+        who = (str(rank.rank), rank.host)
+        yield Sample(metrics.RANK_NONFINITE_GRADS, (*who, "inf"), rank.inf_count)
+        yield Sample(metrics.RANK_NONFINITE_GRADS, (*who, "nan"), rank.nan_count)
+        yield Sample(metrics.RANK_ORIGIN_LAYER, (*who, rank.layer or ""), place)
 
 
 def _run(snapshot: Snapshot) -> Iterator[Sample]:

@@ -66,6 +66,12 @@ class CheckMaker:
         """Tell whether results are still on a device."""
         return bool(self._launched)
 
+    def carry_on(self, before: Snapshot) -> None:
+        """Go on with the counters of a monitor that has ended."""
+        with self._latest.lock:
+            self._latest.snapshot = self._latest.snapshot.carrying_on(before)
+            self.seconds = before.monitor_seconds
+
     def measure_early(self, gradient: Tensor) -> Scan | PendingScan:
         """Measure a gradient as it arrives."""
         started = time.perf_counter()

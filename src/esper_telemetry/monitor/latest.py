@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.ranks import Ranks
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -28,6 +29,21 @@ class Latest:
         """Count an optimizer step that was dropped."""
         with self.lock:
             self.snapshot = self.snapshot.skipping("intervention")
+
+    def read(self) -> Snapshot:
+        """Return it."""
+        return self.snapshot
+
+    def take_ranks(self, ranks: Ranks) -> bool:
+        """Put in what is known of the ranks; not while somebody else is changing it, as training never waits for that.
+
+        Return whether it was put in.
+        """
+        taken = self.lock.acquire(blocking=False)
+        if taken:
+            self.snapshot = self.snapshot.but(ranks=ranks)
+            self.lock.release()
+        return taken
 
     def try_to(self, *work: Callable[[], None]) -> None:
         """Do work that changes it, unless somebody else is changing it now."""

@@ -16,8 +16,8 @@ class Listeners:
     fail: takes note of the exception.
     """
 
-    def __init__(self, fail: Callable[[str], None]) -> None:
-        self._listeners: list[Listener] = []
+    def __init__(self, fail: Callable[[str], None], *listeners: Listener) -> None:
+        self._listeners = list(listeners)
         self._fail = fail
 
     def add(self, listener: Listener) -> Callable[[], None]:

@@ -28,6 +28,7 @@ from esper_telemetry.monitor.progress import Progress
 from esper_telemetry.monitor.reaction import Policy, Reaction
 from esper_telemetry.monitor.steps import list_optimizers
 from esper_telemetry.ranks.identity import run_info
+from esper_telemetry.ranks.rows import RankRows
 from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import ClipScan
 from esper_telemetry.scan.layers import Model
@@ -103,9 +104,9 @@ class GradientMonitor:
         self._recorder = recorder
         self._progress = Progress(self._latest)
         self._watching = True
-        self._listeners = Listeners(self._latest.fail)
-        if recorder is not None:
-            self._listeners.add(recorder.see)
+        self._rows = RankRows(self._latest.read, self._latest.take_ranks, self._latest.fail)
+        self.announce = self._rows.announce  # called by exporters, with their URL
+        self._listeners = Listeners(self._latest.fail, self._rows.see, *([] if recorder is None else [recorder.see]))
         self._stop_following_steps = follow_steps(self._before_step)
 
     @property
@@ -197,9 +198,7 @@ class GradientMonitor:
 
     def carry_on(self, before: Snapshot) -> None:
         """Go on with the counters of a monitor that has ended in this process; call it before the first check."""
-        with self._latest.lock:
-            self._latest.snapshot = self._latest.snapshot.carrying_on(before)
-            self._checks.seconds = before.monitor_seconds
+        self._checks.carry_on(before)
 
     def flush(self, timeout: float = 10.0) -> None:
         """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from esper_telemetry.snapshot.heads import Head, WatchedHeads
     from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
     from esper_telemetry.snapshot.rank_share import GradScope, LocalCheck
+    from esper_telemetry.snapshot.ranks import Ranks
     from esper_telemetry.snapshot.train_progress import TrainProgress
 
 
@@ -85,6 +86,7 @@ class Snapshot:
     amp: the GradScaler's state at the last check, None where none is watched.
     monitor_seconds: time spent measuring so far.
     progress: what the loop told of its training; None where it told nothing.
+    ranks: what is known of the other processes of the run; None in a run of one, and before they are known.
     """
 
     run: RunInfo
@@ -117,6 +119,7 @@ class Snapshot:
     monitor_errors: int
     ppo: PPOUpdatePayload | None
     progress: TrainProgress | None
+    ranks: Ranks | None
     ended: bool
 
     @classmethod
@@ -156,6 +159,7 @@ class Snapshot:
             monitor_errors=0,
             ppo=None,
             progress=None,
+            ranks=None,
             ended=False,
         )
 

@@ -18,6 +18,7 @@ from esper_telemetry.exporters.prometheus import EsperCollector
 from esper_telemetry.exporters.routes.drill import Drill
 from esper_telemetry.exporters.routes.page import PAGE, PAGE_HEADERS
 from esper_telemetry.exporters.routes.status import status_json
+from esper_telemetry.exporters.routes.targets import answer_targets
 from esper_telemetry.exporters.samples import Sample, Source
 from esper_telemetry.exporters.web.exchange import Request, Response
 from esper_telemetry.snapshot import Snapshot
@@ -87,6 +88,8 @@ class Routes:
             case "/api/v1/status":
                 status = status_json(self.snapshot)
                 return Response(200, status, "application/json", (("Cache-Control", "no-store"),))
+            case "/api/v1/targets":
+                return answer_targets(request, self.snapshot)
             case "/-/healthy":
                 return Response(200, b"healthy\n")
             case "/-/ready":

@@ -1,0 +1,119 @@
+"""What all rows say together."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from esper_telemetry.ranks.row import BadCheck, Row
+from esper_telemetry.snapshot.ranks import SHOWN, BadRank, Ranks
+from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
+
+SILENT_SECONDS = 30.0
+"""How long a rank may say nothing, in which its thread has six turns, before it does not count as reporting."""
+
+_CHECKS = 64
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Add up one check over ranks: what each owns, and the most that one of them sees, whoever owns it.
+
+    A rank sees elements of the run alone, so the run has at least those.
+    """
+
+    own: list[int] = field(default_factory=lambda: [0, 0])
+    seen: list[int] = field(default_factory=lambda: [0, 0])
+    exact: bool = True
+
+    def add(self, check: BadCheck) -> None:
+        for kind, (own, seen) in enumerate(((check.own_inf, check.inf), (check.own_nan, check.nan))):
+            self.own[kind] += own or 0
+            self.exact &= own is not None
+            self.seen[kind] = max(self.seen[kind], seen)
+
+    def counts(self) -> tuple[int, int]:
+        inf, nan = map(max, self.own, self.seen)
+        return inf, nan
+
+
+class Board:
+    """Put the rows of a run together, whenever and in whatever order they come.
+
+    Times are monotonic seconds of the reader: no clock of another host decides anything but the order of two ranks
+    that went bad in the same check.
+    """
+
+    def __init__(self, expected: int, window_seconds: float) -> None:
+        self._expected = expected
+        self._rows: dict[int, Row] = {}
+        self._heard: dict[int, float] = {}
+        self._sums: OrderedDict[int, _Sums] = OrderedDict()
+        self._counted: dict[int, int] = {}
+        self._bad: dict[int, BadRank] = {}
+        self._inexact_until = -1.0
+        self._recent = RecentWindow(window_seconds)
+
+    def take(self, row: Row, now: float) -> None:
+        """Take in a row that is new, or has changed."""
+        rank = row.place.rank
+        before = self._rows.get(rank)
+        if before is not None and before.place.host == row.place.host and row.beat < before.beat:
+            self._counted.pop(rank, None)  # another process in its place begins to count anew
+        self._rows[rank], self._heard[rank] = row, now
+        for check in row.bad:
+            if check.check > self._counted.get(rank, 0):
+                self._counted[rank] = check.check
+                self._add(check, now)
+                self._blame(row, check, now)
+
+    def read(self, now: float) -> Ranks:
+        """Return what is known at `now`."""
+        rows = self._rows
+        silent = {rank for rank, row in rows.items() if not row.ended and now - self._heard[rank] > SILENT_SECONDS}
+        return Ranks(
+            expected=self._expected,
+            reporting=len(rows) - len(silent),
+            gone=len(silent),
+            silent=self._first_silent(silent),
+            recent=self._recent,
+            exact=now > self._inexact_until,
+            attributed=all(row.attributes for row in rows.values()),
+            bad=self._bad_ranks(now),
+            places=tuple(rows[rank].place for rank in sorted(rows)),
+            leader=None,
+        )
+
+    def _add(self, check: BadCheck, now: float) -> None:
+        sums = self._sums.setdefault(check.check, _Sums())
+        sums.add(check)
+        while len(self._sums) > _CHECKS:
+            self._sums.popitem(last=False)
+        inf, nan = sums.counts()
+        if inf or nan:
+            self._recent = self._recent.after(now, (LayerCounts("", inf, nan, 0),), 0)
+        if not sums.exact:
+            self._inexact_until = now + self._recent.seconds
+
+    def _blame(self, row: Row, check: BadCheck, now: float) -> None:
+        inf, nan = check.local_inf or 0, check.local_nan or 0
+        if not (inf or nan):
+            return
+        rank = row.place.rank
+        known = self._bad.get(rank)
+        if known is None or now - known.last > self._recent.seconds:
+            host = row.place.host
+            self._bad[rank] = BadRank(rank, host, inf, nan, check.layer, check.check, check.timestamp, now)
+        else:
+            worst = max(inf, known.inf_count), max(nan, known.nan_count)
+            self._bad[rank] = replace(known, inf_count=worst[0], nan_count=worst[1], last=now)
+
+    def _bad_ranks(self, now: float) -> tuple[BadRank, ...]:
+        """Return those of the recent window, the earliest first; forget the others."""
+        self._bad = {rank: bad for rank, bad in self._bad.items() if now - bad.last <= self._recent.seconds}
+        return tuple(sorted(self._bad.values(), key=lambda bad: (bad.check, bad.timestamp, bad.rank)))
+
+    def _first_silent(self, silent: Iterable[int]) -> tuple[int, ...]:
+        never = (rank for rank in range(self._expected) if rank not in self._rows)
+        return tuple(sorted((*silent, *never)))[:SHOWN]

@@ -1,0 +1,77 @@
+"""Rank 0 reads the rows of all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from esper_telemetry.ranks.board import Board
+from esper_telemetry.ranks.row import BEAT_SECONDS, Row
+from esper_telemetry.snapshot.ranks import Ranks
+
+_REST = 20.0  # times what reading took, so that it takes 5 % of a core at most
+_AT_ONCE = 500
+
+
+class Reader:
+    """Read all rows when one has news, and at every beat; rest between two readings.
+
+    publish: is given what is known of the ranks; returns whether it was taken, else it comes again.
+    """
+
+    def __init__(self, store: Any, board: Board, publish: Callable[[Ranks], bool]) -> None:
+        self._store = store
+        self._board = board
+        self._publish = publish
+        self._texts: list[bytes] = []
+        self._late: set[int] = set()
+        self._ended: dict[int, bool] = {}
+        self._news = -1
+        self._due = 0.0
+        self._rest_until = 0.0
+        self._published: Ranks | None = None
+
+    @property
+    def all_ended(self) -> bool:
+        """Tell whether every rank that was heard of has said that it ended."""
+        return bool(self._ended) and all(self._ended.values())
+
+    def turn(self, leader: str | None) -> None:
+        """Read what is due, and publish what is new."""
+        began = time.monotonic()
+        if began < self._rest_until:
+            return
+        news = self._store.add("news", 0)
+        if news != self._news or began >= self._due:
+            self._read()
+            self._news, self._due = news, began + BEAT_SECONDS
+            self._rest_until = time.monotonic() + _REST * (time.monotonic() - began)
+        ranks = replace(self._board.read(time.monotonic()), leader=leader)
+        if ranks != self._published and self._publish(ranks):
+            self._published = ranks
+
+    def _read(self) -> None:
+        """Take in every row that has changed; one that was promised and is not there yet is looked for again."""
+        joined = self._store.add("joined", 0)
+        self._late |= set(range(len(self._texts), joined))
+        self._texts += [b""] * (joined - len(self._texts))
+        self._late = {row for row in self._late if not self._store.check([_key(row)])}
+        there = [row for row in range(joined) if row not in self._late]
+        for start in range(0, len(there), _AT_ONCE):
+            rows = there[start : start + _AT_ONCE]
+            for row, text in zip(rows, self._store.multi_get([_key(row) for row in rows]), strict=True):
+                if text != self._texts[row]:
+                    self._texts[row] = text
+                    self._take(text)
+            time.sleep(0)  # training goes first
+
+    def _take(self, text: bytes) -> None:
+        row = Row.decode(text)
+        self._ended[row.place.rank] = row.ended
+        self._board.take(row, time.monotonic())
+
+
+def _key(row: int) -> str:
+    return f"row/{row + 1}"

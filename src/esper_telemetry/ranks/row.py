@@ -1,0 +1,75 @@
+"""A rank's row in the job's store: who it is, that it lives, and its last bad checks with their numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from typing import NamedTuple
+
+from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.ranks import RankPlace
+
+BEAT_SECONDS = 5.0
+"""How often a rank says that it lives."""
+
+KEPT = 8
+"""Bad checks in a row. A reader that comes later than so many of them finds a run that is bad at every check."""
+
+
+class BadCheck(NamedTuple):
+    """Hold the counts of one bad check on one rank.
+
+    inf, nan: what its optimizer will see. own_inf, own_nan: of these, the elements that no other rank counts.
+    local_inf, local_nan, layer: what its own backward made, and where that began. None: not known.
+    """
+
+    check: int
+    inf: int
+    nan: int
+    own_inf: int | None
+    own_nan: int | None
+    local_inf: int | None
+    local_nan: int | None
+    layer: str | None
+    timestamp: float
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> BadCheck | None:
+        """Read the last check; None when it was good, before the reduction and after it."""
+        local, exact = snapshot.local, snapshot.scope is None or snapshot.scope.exact
+        check = cls(
+            snapshot.checks,
+            snapshot.inf_grad_count,
+            snapshot.nan_grad_count,
+            snapshot.owned_inf_count if exact else None,
+            snapshot.owned_nan_count if exact else None,
+            None if local is None else local.inf_count,
+            None if local is None else local.nan_count,
+            snapshot.origin_layer if local is None else local.origin_layer,
+            snapshot.timestamp or 0.0,
+        )
+        return check if check.inf or check.nan or check.local_inf or check.local_nan else None
+
+
+class Row(NamedTuple):
+    """Hold all that a rank tells.
+
+    beat: grows while its thread lives. ended: whether its monitor was closed.
+    attributes: whether it measures what its own backward makes.
+    """
+
+    place: RankPlace
+    beat: int
+    ended: bool
+    attributes: bool
+    bad: tuple[BadCheck, ...]
+
+    def encode(self) -> bytes:
+        """Return the row as JSON."""
+        return json.dumps((astuple(self.place), *self[1:]), separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, text: bytes) -> Row:
+        """Read a row. Raise ValueError or TypeError when it is none."""
+        place, beat, ended, attributes, bad = json.loads(text)
+        return cls(RankPlace(*place), beat, ended, attributes, tuple(BadCheck(*check) for check in bad))

@@ -1,0 +1,96 @@
+"""What rank 0 knows of the whole run: how many ranks report, what they found together, and which went bad first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper_telemetry.snapshot.recent import RecentWindow
+
+WORST = 5
+SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class BadRank:
+    """Describe a rank whose own backward was bad within the recent window.
+
+    inf_count, nan_count: the most in one of its checks, before any reduction.
+    layer: where it began in the first of them.
+    check, timestamp: of the first of them.
+    last: monotonic time at which rank 0 heard of the last of them.
+    """
+
+    rank: int
+    host: str
+    inf_count: int
+    nan_count: int
+    layer: str | None
+    check: int
+    timestamp: float
+    last: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Say where a rank runs and where its page is.
+
+    address: host and port; None while it has no exporter.
+    """
+
+    rank: int
+    local_rank: int
+    host: str
+    address: str | None
+    secure: bool = False
+
+    @property
+    def url(self) -> str | None:
+        """Return the URL of its page."""
+        return None if self.address is None else f"{'https' if self.secure else 'http'}://{self.address}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Hold what rank 0 has read from every rank; of other ranks only where rank 0's page is.
+
+    expected: ranks of the run.
+    reporting: ranks that were heard of lately, or said that they ended; None where nobody can tell.
+    gone: ranks that were heard of, went silent, and never said that they ended.
+    silent: of those that do not report, the first.
+    recent: the run's counts within the recent window, each element once, by checks of the same number.
+    exact: whether every rank knew which elements are its own; else the counts are of the worst rank.
+    attributed: whether all that were heard of measure what their own backward made.
+    bad: the ranks whose own backward was bad within the recent window, the earliest first.
+    places: every rank that was heard of, in their order.
+    leader: URL of rank 0's page, where it is known.
+    """
+
+    expected: int
+    reporting: int | None
+    gone: int
+    silent: tuple[int, ...]
+    recent: RecentWindow
+    exact: bool
+    attributed: bool
+    bad: tuple[BadRank, ...]
+    places: tuple[RankPlace, ...]
+    leader: str | None
+
+    @classmethod
+    def unknown(cls, expected: int, window_seconds: float) -> Ranks:
+        """Build what is known before anybody was heard of."""
+        return cls(expected, None, 0, (), RecentWindow(window_seconds), True, True, (), (), None)
+
+    def bad_at(self, now: float) -> tuple[BadRank, ...] | None:
+        """Return the ranks that are bad at `now`, in monotonic seconds, the earliest first.
+
+        None where that is not known: where nobody hears of them, or not all measure it and none of the others is bad.
+        """
+        bad = tuple(rank for rank in self.bad if now - rank.last <= self.recent.seconds)
+        return None if self.reporting is None or not (bad or self.attributed) else bad
+
+
+def worst_of(bad: tuple[BadRank, ...]) -> list[tuple[int, BadRank]]:
+    """Return the five with the most bad elements, the earliest first, each with its place among all, from 1 on."""
+    placed = list(enumerate(bad, start=1))
+    return sorted(sorted(placed, key=lambda each: -max(each[1].inf_count, each[1].nan_count))[:WORST])

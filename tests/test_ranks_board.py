@@ -1,0 +1,166 @@
+"""What the rows of all ranks say together, whenever and in whatever order they come."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_telemetry.ranks.board import SILENT_SECONDS, Board
+from esper_telemetry.ranks.row import KEPT, BadCheck, Row
+from esper_telemetry.snapshot.ranks import RankPlace, worst_of
+from tests.snapshots import bad, fresh
+
+WINDOW = 120.0
+
+
+def check(number, *, nan=0, inf=0, own_nan=None, local=None, layer="net.0", at=0.0):
+    """Return a bad check; what a rank owns is all that it sees, and what it made likewise, unless told."""
+    own, made = nan if own_nan is None else own_nan, nan if local is None else local
+    return BadCheck(number, inf, nan, inf, own, 0, made, layer, at)
+
+
+def row(rank, *checks, beat=1, ended=False, attributes=True, host=None):
+    return Row(RankPlace(rank, rank % 8, host or f"host{rank // 8}", None), beat, ended, attributes, checks)
+
+
+def counts(board, now=0.0):
+    recent = board.read(now).recent.read(now)
+    return recent.inf_max, recent.nan_max
+
+
+def test_seven_that_are_split_into_four_and_three_are_seven():
+    board = Board(2, WINDOW)
+    board.take(row(0, check(40, nan=4)), 0.0)
+    assert counts(board) == (0, 4)
+    board.take(row(1, check(40, nan=3)), 0.1)
+    assert counts(board) == (0, 7)
+
+
+def test_checks_of_other_numbers_are_not_added():
+    board = Board(2, WINDOW)
+    board.take(row(0, check(40, nan=4)), 0.0)
+    board.take(row(1, check(41, nan=3)), 0.0)
+    assert counts(board) == (0, 4)
+
+
+def test_what_every_replica_sees_counts_once():
+    board = Board(3, WINDOW)
+    board.take(row(2, check(40, nan=7, own_nan=0, local=0)), 0.0)
+    assert counts(board) == (0, 7), "whoever owns them has not been heard yet, and they are there"
+    board.take(row(0, check(40, nan=7, local=0)), 0.0)
+    board.take(row(1, check(40, nan=7, own_nan=0, local=7)), 0.0)
+    assert counts(board) == (0, 7)
+
+
+def test_where_a_rank_does_not_know_what_it_owns_the_worst_rank_stands_and_the_count_is_not_exact():
+    board = Board(2, WINDOW)
+    unknown = check(40, nan=7)._replace(own_inf=None, own_nan=None)
+    for rank in (0, 1):
+        board.take(row(rank, unknown), 0.0)
+    assert counts(board) == (0, 7)
+    assert not board.read(1.0).exact
+    assert board.read(WINDOW + 1).exact
+
+
+@st.composite
+def runs(draw):
+    """Draw what ranks find at each check, and their rows in an order in which they may arrive."""
+    ranks = draw(st.integers(1, 4))
+    found = [
+        draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=KEPT, min_size=0)) for _ in range(ranks)
+    ]
+    rows = []
+    for rank, checks in enumerate(found):
+        bad_checks = [
+            BadCheck(number, inf, nan, inf, nan, inf, nan, "l", 0.0)
+            for number, (inf, nan) in enumerate(checks, start=1)
+            if inf or nan
+        ]
+        written = draw(st.lists(st.integers(0, len(bad_checks)), max_size=3))
+        ends = [*sorted(written), len(bad_checks)]
+        rows.append([row(rank, *bad_checks[:end][-KEPT:], beat=beat) for beat, end in enumerate(ends, start=1)])
+    order = draw(st.permutations([rank for rank, of_rank in enumerate(rows) for _ in of_rank]))
+    return found, [rows[rank].pop(0) for rank in order]
+
+
+@given(runs())
+def test_the_sum_is_that_of_each_check_in_whatever_order_rows_arrive(run):
+    found, arriving = run
+    board = Board(len(found), WINDOW)
+    for each in arriving:
+        board.take(each, 0.0)
+    numbers = range(1 + max((len(checks) for checks in found), default=0))
+    sums = [
+        tuple(sum(checks[number][kind] for checks in found if number < len(checks)) for kind in (0, 1))
+        for number in numbers
+    ]
+    assert counts(board) == tuple(map(max, zip(*sums, strict=True)))
+
+
+def test_the_rank_that_was_bad_first_comes_first_and_the_worst_five_are_named():
+    board = Board(8, WINDOW)
+    for rank in range(1, 8):
+        board.take(row(rank, check(40, nan=rank, at=100.0 - rank)), 0.0)
+    board.take(row(0, check(39, nan=1, at=200.0)), 0.0)
+    bad_ranks = board.read(0.0).bad_at(0.0)
+    assert [each.rank for each in bad_ranks] == [0, 7, 6, 5, 4, 3, 2, 1]
+    assert [(place, each.rank) for place, each in worst_of(bad_ranks)] == [(2, 7), (3, 6), (4, 5), (5, 4), (6, 3)]
+
+
+def test_a_rank_is_bad_for_the_recent_window_with_the_layer_of_its_first_bad_check():
+    board = Board(2, WINDOW)
+    board.take(row(1, check(40, nan=2, layer="first")), 0.0)
+    board.take(row(1, check(40, nan=2, layer="first"), check(41, nan=9, layer="second"), beat=2), 100.0)
+    (bad_rank,) = board.read(101.0).bad_at(101.0)
+    assert (bad_rank.layer, bad_rank.nan_count, bad_rank.check) == ("first", 9, 40)
+    assert board.read(101.0).bad_at(100.0 + WINDOW + 1) == ()
+    assert board.read(100.0 + WINDOW + 1).bad == ()
+
+
+def test_no_rank_is_at_fault_only_where_every_rank_measures_it():
+    board = Board(2, WINDOW)
+    board.take(row(0, check(40, inf=543, local=0)), 0.0)
+    assert board.read(0.0).bad_at(0.0) == ()
+    board.take(row(1, attributes=False), 0.0)
+    assert board.read(0.0).bad_at(0.0) is None
+
+
+def test_who_goes_silent_is_gone_and_who_has_ended_is_not():
+    board = Board(4, WINDOW)
+    for rank in (0, 1, 2):
+        board.take(row(rank, ended=rank == 1), 0.0)
+    ranks = board.read(0.0)
+    assert (ranks.expected, ranks.reporting, ranks.gone, ranks.silent) == (4, 3, 0, (3,))
+    later = SILENT_SECONDS + 1
+    board.take(row(0, beat=2), later)
+    ranks = board.read(later)
+    assert (ranks.reporting, ranks.gone, ranks.silent) == (2, 1, (2, 3))
+
+
+def test_another_process_in_a_rank_s_place_counts_from_1_again():
+    board = Board(1, WINDOW)
+    board.take(row(0, check(500, nan=1), beat=90), 0.0)
+    board.take(row(0, check(3, nan=9), beat=1), 1.0)
+    assert counts(board, 1.0) == (0, 9)
+
+
+def test_a_row_survives_its_way():
+    sent = row(3, check(40, nan=7, layer='a"b\n№', at=1.5), beat=7, ended=True, host="gpu-7")
+    assert Row.decode(sent.encode()) == sent
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"[1,2,3,4,5]", b"{}"])
+def test_what_is_no_row_says_so(text):
+    with pytest.raises((ValueError, TypeError)):
+        Row.decode(text)
+
+
+def test_a_good_check_has_nothing_to_tell():
+    assert BadCheck.of(fresh()) is None
+
+
+def test_a_bad_check_tells_what_the_snapshot_says():
+    told = BadCheck.of(replace(bad(2, 7), owned_inf_count=1, owned_nan_count=4))
+    assert (told.check, told.inf, told.nan, told.own_inf, told.own_nan) == (40, 2, 7, 1, 4)
+    assert (told.local_inf, told.local_nan, told.layer) == (None, None, "policy.weight")
