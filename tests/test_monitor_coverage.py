@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -43,6 +45,40 @@ def spoil_next(parameter, count=3, value=math.nan):
     parameter._backward_hooks = None  # swap_tensors leaves a dict that torch does not know any more
     handle = parameter.register_hook(hook)
     return done
+
+
+BEGIN_AT_ONCE = """
+import threading, torch
+from esper_telemetry import watch
+
+def train(model):
+    ready.wait()
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+
+checks = 0
+for _ in range(500):
+    models = {name: torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))) for name in "ab"}
+    monitor = watch(models)
+    ready = threading.Barrier(2)
+    threads = [threading.Thread(target=train, args=(model,)) for model in models.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    checks += monitor.snapshot.checks
+print(checks, "checks")
+"""
+
+
+class Idle(torch.optim.Optimizer):
+    """Step, and change nothing."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        pass
 
 
 def node_of(parameter):
@@ -342,6 +378,19 @@ class TestModelsThatChange:
             optimizer.step()
             assert (monitor.snapshot.checks, monitor.snapshot.nan_grad_count >= 3) == (2 + step, True)
 
+    def test_the_last_trainable_parameter_replaced_behind_torchs_back_is_noticed_at_the_step(self):
+        model = network()
+        monitor = watch(model)
+        Changes.freeze_a_layer(model)
+        Changes.drop_a_bias(model)
+        Changes.write_into_the_dict(model)
+        for step in range(2):
+            model.zero_grad()
+            spoil_next(model[0].weight)
+            backward(model)
+            Idle(model.parameters()).step()
+            assert (monitor.snapshot.checks, monitor.snapshot.nan_grad_count) == (1 + step, 3)
+
     def test_what_was_added_later_is_measured_as_it_arrives_too(self):
         model = network()
         monitor = watch(model)
@@ -386,6 +435,8 @@ class TestModelsThatChange:
             spoilt = spoil_next(layers[layer], 1, value)
             checks = monitor.snapshot.checks
             backward(model)
+            if monitor.snapshot.checks == checks:  # the last trainable parameter was replaced behind torch's back
+                Idle(model.parameters()).step()
             snapshot = monitor.snapshot
             assert snapshot.checks == checks + 1
             assert snapshot.monitor_errors == 0
@@ -435,6 +486,21 @@ class TestNotInTheWay:
         snapshot = monitor.snapshot
         assert (snapshot.checks, snapshot.monitor_errors) == (2 * expected, 0)
         assert (snapshot.inf.elements, snapshot.inf.warning_checks) == (2 * 2 * expected / 10, 2 * expected / 10)
+
+    def test_two_threads_that_begin_at_once_do_not_crash(self):
+        command = [sys.executable, "-c", BEGIN_AT_ONCE]
+        assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "3000 checks\n"
+
+    def test_a_monitor_closed_while_another_thread_trains_leaves_torchs_hooks_alone(self):
+        model = network()
+        monitor = watch(model)
+        thread = threading.Thread(target=backward, args=(model,))
+        thread.start()
+        thread.join()
+        hooks = model[0].weight._post_accumulate_grad_hooks
+        monitor.close()
+        assert model[0].weight._post_accumulate_grad_hooks is hooks
+        assert not hooks
 
     def test_a_thread_that_follows_another_sees_everything(self):
         models = {"a": network(), "b": network()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -80,7 +80,7 @@ class Gathering:
             with self._passes.lock:
                 gradients = self._of_thread(me, parameters, self._is_alone(ended))
         if len(ended.arrived) < len(self.watched.tags):
-            self._retag(parameters, gradients, ended)
+            _retag(zip(self.watched.tags, parameters, gradients, strict=False), ended)
         return parameters, gradients
 
     def close(self) -> None:
@@ -112,8 +112,13 @@ class Gathering:
             for tag, parameter in zip(self.watched.tags, parameters, strict=True)
         ]
 
-    def _retag(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], ended: Pass) -> None:
-        """Tag again what has a gradient that was not seen to arrive."""
-        for tag, parameter, gradient in zip(self.watched.tags, parameters, gradients, strict=False):
-            if gradient is not None and tag not in ended.arrived:
-                retag(parameter)
+
+def _retag(layers: Iterable[tuple[Tag, Tensor, Tensor | None]], ended: Pass) -> None:
+    """Tag again what has a gradient that was not seen to arrive, and is trained by this thread.
+
+    Of another thread it may be arriving right now, and a hook that is replaced while torch runs it is a crash.
+    """
+    me = threading.get_ident()
+    for tag, parameter, gradient in layers:
+        if gradient is not None and tag.thread == me and tag not in ended.arrived:
+            retag(parameter)

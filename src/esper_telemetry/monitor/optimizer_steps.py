@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,8 @@ class UncheckedSteps:
         layers = zip(watched.parameters(), watched.tags, strict=True)
         with_gradients = [tag for each, tag in layers if id(each) in own and each.grad is not None]
         missed = any(before is not None or tag.thread is None for tag in with_gradients)
+        for tag in with_gradients:
+            tag.thread = tag.thread or threading.get_ident()  # the thread that steps them trains them
         self._checks_at[optimizer] += missed  # it is checked now
         return missed
 

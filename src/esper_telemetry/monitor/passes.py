@@ -106,17 +106,20 @@ class Passes:
 
     def _end(self, task: int) -> None:
         """Find out which pass has ended: one that a node of another pass runs goes on with the nodes after that."""
-        ended = self._under_way.pop(task, None)
+        ended = self._under_way.get(task)
         if ended is None:
             return
-        node = torch._C._current_autograd_node()
-        if node is not None and (following := [each for each, _ in node.next_functions if each is not None]):
-            self._go_on_after(following[0], ended)
-            return
-        for other, begun in tuple(self._under_way.items()):
-            if other < task and begun.thread == ended.thread:  # it died
-                self._under_way.pop(other, None)
-        self._on_end(ended)
+        try:
+            node = torch._C._current_autograd_node()
+            if node is not None and (following := [each for each, _ in node.next_functions if each is not None]):
+                self._go_on_after(following[0], ended)
+                return
+            for other, begun in tuple(self._under_way.items()):
+                if other < task and begun.thread == ended.thread:  # it died
+                    self._under_way.pop(other, None)
+            self._on_end(ended)
+        finally:  # not before: until its gradients are gathered, no other thread's check may take them for its own
+            self._under_way.pop(task, None)
 
     def _go_on_after(self, node: Node, inner: Pass) -> None:
         def go_on(_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -61,14 +62,18 @@ def tag(parameter: Tensor, arrive: Arrive) -> Tag:
 
 
 def untag(parameter: Tensor, arrive: Arrive) -> None:
-    """Take this monitor's tag off a parameter, and leave no empty dict behind."""
+    """Take this monitor's tag off a parameter, and leave no empty dict behind.
+
+    Where another thread trains it the dict stays: torch may be running its hooks, and to replace them is a crash.
+    """
     hooks = parameter._post_accumulate_grad_hooks
     if hooks is None:
         return
-    for key in [key for key, hook in hooks.items() if _tag_of(hook, arrive)]:
-        del hooks[key]
-    if not hooks:
-        parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+    for key, known in [(key, _tag_of(hook, arrive)) for key, hook in hooks.items()]:
+        if known is not None:
+            del hooks[key]
+            if not hooks and known.thread in (None, threading.get_ident()):
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
 
 def retag(parameter: Tensor) -> None:
