@@ -15,8 +15,8 @@ run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0
 
 test: $(INSTALLED)  ## Run every test; servers that are missing are fetched first
 	$(BIN)/python -m deploy.stack.servers
-	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end
-	$(PYTEST) --numprocesses 3 tests/end_to_end  # they wait
+	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end --ignore tests/ranks
+	$(PYTEST) --numprocesses 3 tests/end_to_end tests/ranks  # they wait
 
 test-lowest:  ## Run the tests with the oldest dependencies that pyproject.toml allows, all but torch
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.venv-lowest/lowest.txt

@@ -213,6 +213,8 @@ class AmpReading:
         self._unscaled = unscaled
         self._scalars = scalars
         self._backoff_factor = backoff_factor
+        self.handled: Collection[int] = ()
+        """The layers whose overflow the scaler takes care of, once this was judged."""
 
     @property
     def state(self) -> AmpState:
@@ -244,6 +246,7 @@ class AmpReading:
         handled = {}
         if found.bad and self._watch.explains_overflow():
             handled = {i: counts for i, counts in found.bad.items() if i not in unseen and i not in self._foreign}
+        self.handled = handled.keys()
         late = self._watch.settle(
             {names[index]: counts for index, counts in handled.items()},
             {names[index] for index in found.bad if index not in self._fresh},

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from esper_telemetry.health import total_norm
 from esper_telemetry.monitor.amp import AmpReading
+from esper_telemetry.monitor.sharing import Bad, Shared
 from esper_telemetry.scan import Scan
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.amp_state import AmpState
 from esper_telemetry.snapshot.arrival import by_arrival
-from esper_telemetry.snapshot.recent import LayerCounts, worst_first
+from esper_telemetry.snapshot.rank_share import LocalCheck
+from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow, worst_first
 
 
 class Check(NamedTuple):
@@ -32,6 +34,7 @@ class Check(NamedTuple):
     unmeasured: Sequence[int]
     timestamp: float
     amp: AmpReading | None
+    shared: Shared
 
     def judge(self, found: Scan) -> Scan:
         """Return what the optimizer would see."""
@@ -49,14 +52,13 @@ class Check(NamedTuple):
             news |= amp_news(before, self.amp.state)
         if found.bad or self.unmeasured:
             news |= self._trouble(before, found, now)
+        news |= self.shared.counts(found) | self._own(before, found, now)
         if found.dead_layers is not None:
             news |= {"dead_layers": found.dead_layers, "exploding_layers": found.exploding_layers}
         return before.but(
             checks=before.checks + 1,
             inf_grad_count=found.inf_count,
             nan_grad_count=found.nan_count,
-            owned_inf_count=found.inf_count,
-            owned_nan_count=found.nan_count,
             grad_norm=total_norm(found.norms),
             elements=found.elements,
             timestamp=self.timestamp,
@@ -72,9 +74,7 @@ class Check(NamedTuple):
     def _trouble(self, before: Snapshot, found: Scan, now: float) -> dict[str, Any]:
         names = self.names
         unmeasured = tuple(names[index] for index in self.unmeasured)
-        layers = worst_first(
-            LayerCounts(names[index], inf, nan, self.layers[index].numel()) for index, (inf, nan) in found.bad.items()
-        )
+        layers = self._layers(found.bad)
         bad_layers = sum(1 << index for index in found.bad)
         news = {
             "unmeasured_layers": unmeasured,
@@ -92,6 +92,20 @@ class Check(NamedTuple):
             "inf": before.inf.after(found.inf_count, self.timestamp, inf_origin),
             "nan": before.nan.after(found.nan_count, self.timestamp, nan_origin),
         }
+
+    def _own(self, before: Snapshot, found: Scan, now: float) -> dict[str, Any]:
+        """Return what this rank's own backward made."""
+        bad = self.shared.own_bad(found, () if self.amp is None else self.amp.handled)
+        if bad is None:
+            return {}
+        local = before.local or LocalCheck(0, 0, RecentWindow(before.recent.seconds))
+        origin = self.names[by_arrival(bad, self.order)[0]] if bad else None
+        return {"local": local.after(now, self._layers(bad), sum(1 << index for index in bad), origin)}
+
+    def _layers(self, bad: Bad) -> tuple[LayerCounts, ...]:
+        return worst_first(
+            LayerCounts(self.names[index], inf, nan, self.layers[index].numel()) for index, (inf, nan) in bad.items()
+        )
 
 
 def amp_news(before: Snapshot, state: AmpState) -> dict[str, Any]:

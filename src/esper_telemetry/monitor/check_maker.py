@@ -150,7 +150,8 @@ class CheckMaker:
             names, parameters = gathering.watched.names, gathering.watched.parameters()
             bad = {names.index(name): counts for name, counts in unexplained.items() if name in names}
             found = Scan(list(before.layer_norms), bad, before.elements or 0)
-            self._publish(Check(names, parameters, (), (), time.time(), None), found, time.perf_counter())
+            shared = gathering.sharing.of(parameters, {}, "step")
+            self._publish(Check(names, parameters, (), (), time.time(), None, shared), found, time.perf_counter())
 
     def _make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> None:
         aids, number = self._aids, self._latest.snapshot.checks + len(self._launched) + 1
@@ -168,7 +169,8 @@ class CheckMaker:
             late, amp = self.amp.read(late, parameters, names, order, _fresh(ended, gradients))
         found = coverage.merge(measure(late))
         layers = [each if gradient is None else gradient for each, gradient in zip(parameters, gradients, strict=True)]
-        check = Check(names, layers, order, coverage.unmeasured, time.time(), amp)
+        shared = gathering.sharing.of(gradients, coverage.own, ended.when)
+        check = Check(names, layers, order, coverage.unmeasured, time.time(), amp, shared)
         self.made += 1
         self.steps_early = coverage.freed
         if isinstance(found, Scan):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from esper_telemetry.monitor.coverage import look_on_arrival
 from esper_telemetry.monitor.passes import Pass, Passes, SinceUpdate
+from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.tags import Tag, retag
 from esper_telemetry.monitor.watched import Watched
 from esper_telemetry.scan import PendingScan, Scan
@@ -20,19 +21,25 @@ class Gathering:
 
     measure: measures gradients that may not stay, as they arrive.
     fail: takes note of an exception, which never reaches the training loop.
+    share: says how the watched parameters are spread over ranks.
     """
 
     def __init__(
-        self, model: Model, measure: Callable[[Tensor], Scan | PendingScan], fail: Callable[[str], None]
+        self,
+        model: Model,
+        measure: Callable[[Tensor], Scan | PendingScan],
+        fail: Callable[[str], None],
+        share: Callable[[Watched], Sharing],
     ) -> None:
         self._measure = measure
         self._fail = fail
         self._passes: Passes | None = None
-        self._since_update = SinceUpdate()
+        self._since_update = SinceUpdate(self._begin)
         self._now = self._since_update.now
         self._threads: set[int] = set()
         self._pauses = 0
         self.watched = Watched(model, self._arrive)
+        self.sharing = share(self.watched)
 
     @property
     def follows_passes(self) -> bool:
@@ -41,7 +48,7 @@ class Gathering:
 
     def follow_passes(self, on_end: Callable[[Pass], object]) -> None:
         """Call `on_end` at the end of each backward pass, from now on."""
-        self._passes = Passes(self.watched.refresh, on_end)
+        self._passes = Passes(self._begin, lambda: self.sharing.hops, on_end)
         self._now = self._passes.now
 
     def take(self) -> Pass:
@@ -86,6 +93,14 @@ class Gathering:
     def close(self) -> None:
         """Leave every parameter as it was before."""
         self.watched.close()
+
+    def _begin(self) -> None:
+        """Look at the model before the first gradient of a pass is taken in."""
+        self.watched.refresh()
+        try:
+            self.sharing.refresh()
+        except Exception:
+            self._fail("how the model is spread over ranks could not be found out")
 
     def _arrive(self, tag: Tag, parameter: Tensor) -> None:
         try:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from esper_telemetry.ranks.identity import run_info
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.ranks import Ranks
 
@@ -44,6 +45,10 @@ class Latest:
             self.snapshot = self.snapshot.but(ranks=ranks)
             self.lock.release()
         return taken
+
+    def join(self, run_id: object) -> None:
+        """Learn who this process is, now that it has joined the others of its run."""
+        self.change(run=run_info(run_id, before=self.snapshot.run))
 
     def try_to(self, *work: Callable[[], None]) -> None:
         """Do work that changes it, unless somebody else is changing it now."""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from types import TracebackType
 
 from torch import Tensor
 from torch.amp import GradScaler
@@ -26,9 +25,12 @@ from esper_telemetry.monitor.optimizer_steps import follow_steps
 from esper_telemetry.monitor.passes import Pass
 from esper_telemetry.monitor.progress import Progress
 from esper_telemetry.monitor.reaction import Policy, Reaction
+from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.steps import list_optimizers
+from esper_telemetry.monitor.until_closed import UntilClosed
 from esper_telemetry.ranks.identity import run_info
 from esper_telemetry.ranks.rows import RankRows
+from esper_telemetry.ranks.shares import Replicas, check_replicas
 from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import ClipScan
 from esper_telemetry.scan.layers import Model
@@ -36,7 +38,7 @@ from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 
 
-class GradientMonitor:
+class GradientMonitor(UntilClosed):
     """Count the Inf and NaN elements in a model's gradients.
 
     Call `update()` between `backward()` and whatever clips, or let `watch()` do it. Measuring never raises: a fault
@@ -65,6 +67,9 @@ class GradientMonitor:
         optimizer steps: the checks before it, and where the bad elements are. `esper report FILE` shows it. Set
         `batch_id` before the backward pass to have it recorded too.
     run_id: names the run, as its string; without it ESPER_RUN_ID or the launcher's, else it is made up.
+    attribution: of several ranks, whether what this one's own backward makes is measured too, before the reduction.
+    replicas: where the same plain parameters are on several ranks and no wrapper of torch says so, their process
+        group, or a function from a layer's name and parameter to one or None: counted is what its first rank holds.
 
     Raise ValueError when an argument is not one of these, and OSError when the folder cannot be written.
     """
@@ -84,6 +89,8 @@ class GradientMonitor:
         before_check: Callable[[int], None] | None = None,
         record_dir: str | os.PathLike[str] | None = None,
         run_id: object = None,
+        attribution: bool = True,
+        replicas: Replicas = None,
     ) -> None:
         if not 0 < recent_window_seconds < math.inf:
             raise ValueError(f"recent_window_seconds: expected seconds above 0, got {recent_window_seconds}")
@@ -92,12 +99,14 @@ class GradientMonitor:
         amp, dead_layers, run = self._watch_scaler(scaler), DeadLayers(statistics_every), run_info(run_id)
         watched_heads = heads_of(model, heads) if heads else None
         self._latest = Latest(Snapshot.before_first_check(run, float(recent_window_seconds), watched_heads))
+        join = partial(self._latest.join, run_id)
+        share = partial(Sharing, attribution=attribution, replicas=check_replicas(replicas), on_join=join)
         recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._latest.fail)
         self._reaction = Reaction(on_critical, patience, optimizers, self._latest.count_dropped_step)
         aids = Aids(dead_layers, recorder, before_check, wait=self._reaction.needs_the_answer)
         self._checks = CheckMaker(self._latest, aids, amp)
         try:
-            self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail)
+            self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail, share)
         except ValueError:
             self._reaction.close()
             raise
@@ -209,17 +218,6 @@ class GradientMonitor:
         self._let_go()
         self._latest.change(ended=True)
 
-    def __enter__(self) -> GradientMonitor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._let_go()  # the run did not end well, and must not look as if it had
-
     def _let_go(self) -> None:
         self.flush()
         if not self._watching:
@@ -245,4 +243,4 @@ class GradientMonitor:
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check before a step whose gradients arrived where nobody looked: late, but not never."""
         if self._checks.is_unchecked(optimizer, self._gathering):
-            self._check(Pass(), self._checks.scan)
+            self._check(Pass("step"), self._checks.scan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,20 @@ Arrival = tuple[int, int, Scan | PendingScan | None]
 _task_id = torch._C._current_graph_task_id
 
 
+def _queue(callback: Callable[[], None]) -> None:
+    """Call it when the backward pass that is under way in this thread ends."""
+    cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(callback)
+
+
 class Pass:
     """Hold the gradients that have arrived in one backward pass, in their order.
 
     before: what had arrived in earlier passes, where no check was made after them.
+    when: is its check made, as in GradScope.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, when: str = "backward") -> None:
+        self.when = when
         self.arrived: dict[Tag, Arrival | None] = {}
         self.before: dict[Tag, None] = {}
         self.thread = threading.get_ident()
@@ -44,10 +52,14 @@ class Pass:
 
 
 class SinceUpdate:
-    """Hold what has arrived since the last `update()` by hand, in one pass or several."""
+    """Hold what has arrived since the last `update()` by hand, in one pass or several.
 
-    def __init__(self) -> None:
-        self._latest = Pass()
+    on_begin: called before the first arrival of a pass is noted.
+    """
+
+    def __init__(self, on_begin: Callable[[], None]) -> None:
+        self._on_begin = on_begin
+        self._latest = Pass("update")
         self._task = -1
 
     def now(self) -> dict[Tag, Arrival | None]:
@@ -55,6 +67,7 @@ class SinceUpdate:
         task = _task_id()
         latest = self._latest
         if task != self._task:
+            self._on_begin()
             self._task = task
             latest.before |= dict.fromkeys(latest.arrived)
             latest.arrived = {tag: seen for tag, seen in latest.arrived.items() if seen is not None and seen[2]}
@@ -62,7 +75,7 @@ class SinceUpdate:
 
     def take(self) -> Pass:
         """Return it, and begin anew."""
-        taken, self._latest = self._latest, Pass()
+        taken, self._latest = self._latest, Pass("update")
         return taken
 
 
@@ -72,12 +85,15 @@ class Passes:
     A pass within a pass, as reentrant checkpointing makes them, ends with the outermost.
 
     on_begin: called before the first arrival of a pass is noted.
+    hops: says how often the end is put off. What is queued as a pass ends runs after all that was queued before: DDP
+        and FSDP finish their gradients there.
     on_end: called once per pass, in the thread that called `backward()`, when every gradient of that pass is there and
         nothing has clipped it; what it raises reaches the caller of `backward()`.
     """
 
-    def __init__(self, on_begin: Callable[[], None], on_end: Callable[[Pass], object]) -> None:
+    def __init__(self, on_begin: Callable[[], None], hops: Callable[[], int], on_end: Callable[[Pass], object]) -> None:
         self._on_begin = on_begin
+        self._hops = hops
         self._on_end = on_end
         self._under_way: dict[int, Pass] = {}
         self.lock = threading.Lock()
@@ -96,18 +112,20 @@ class Passes:
         # torch's own register_multi_grad_hook(mode="any") keeps an entry per pass for ever.
         task = _task_id()
         self._on_begin()
-        engine = cast(Any, torch.autograd.Variable)._execution_engine
-        engine.queue_callback(lambda: self._end(task))
+        _queue(partial(self._end, task))
         with self.lock:
             begun = self._under_way[task] = Pass()
             while len(self._under_way) > _MOST:
                 del self._under_way[next(iter(self._under_way))]
         return begun
 
-    def _end(self, task: int) -> None:
+    def _end(self, task: int, hops: int = 0) -> None:
         """Find out which pass has ended: one that a node of another pass runs goes on with the nodes after that."""
         ended = self._under_way.get(task)
         if ended is None:
+            return
+        if hops < self._hops():
+            _queue(partial(self._end, task, hops + 1))
             return
         try:
             node = torch._C._current_autograd_node()

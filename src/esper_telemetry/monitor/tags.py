@@ -23,15 +23,17 @@ class Tag:
     index: its place among the layers; None while it is not listed.
     thread: the thread in which its last backward pass ended; None before the first.
     early: whether its gradient is to be measured as it arrives, because it may be gone when the pass ends.
+    reduced: whether what arrives is this rank's own, and becomes that of all ranks before the pass ends.
     """
 
-    __slots__ = ("early", "hooks", "index", "thread")
+    __slots__ = ("early", "hooks", "index", "reduced", "thread")
 
     def __init__(self, hooks: dict[int, Any]) -> None:
         self.hooks = hooks
         self.index: int | None = None
         self.thread: int | None = None
         self.early = True
+        self.reduced = False
 
     @property
     def has_company(self) -> bool:

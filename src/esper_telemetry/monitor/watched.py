@@ -13,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
@@ -30,6 +31,7 @@ class Watched:
     compares what is there with what was listed.
 
     names, tags: of the layers, as listed.
+    wrapped: whether a DistributedDataParallel was put around something since this was last set to False.
 
     Raise ValueError when the model is none, or has parameters that have no shape yet.
     """
@@ -46,6 +48,7 @@ class Watched:
         }
         self.names: tuple[str, ...] = ()
         self.tags: list[Tag] = []
+        self.wrapped = False
         self._relist()
         _follow_registrations(self)
 
@@ -72,6 +75,7 @@ class Watched:
 
     def registered(self, module: nn.Module, new: nn.Module | Tensor | None) -> None:
         """Take note that a module has got another part, which may be trained before anybody looks."""
+        self.wrapped |= isinstance(module, DistributedDataParallel)
         known = self._known.get(id(module))
         if known is None or known() is not module:
             return

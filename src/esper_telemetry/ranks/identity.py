@@ -6,10 +6,10 @@ import os
 import socket
 import sys
 import unicodedata
-import uuid
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from esper_telemetry.ranks.run_name import made_up
 from esper_telemetry.snapshot import RunInfo
 
 MAX_RUN_ID = 256
@@ -29,13 +29,14 @@ class _Number(NamedTuple):
     source: str
 
 
-def run_info(run_id: object = None) -> RunInfo:
+def run_info(run_id: object = None, before: RunInfo | None = None) -> RunInfo:
     """Name the run, and this process in it.
 
     Each number comes from the first that says it: ESPER_RANK, ESPER_WORLD_SIZE and ESPER_LOCAL_RANK; torch.distributed
     once it is initialised; the variables of torchrun, of Slurm inside a job step, of Open MPI, of PMI. Where nobody
     says anything it is rank 0 of 1. A local rank that nobody says is the rank.
-    run_id: anything, taken as its string; see `given_run_id`. Without one it is made up.
+    run_id: anything, taken as its string; see `given_run_id`. Without one it is made up, by all ranks together.
+    before: what was known before torch.distributed was initialised.
 
     Raise ValueError when one of these cannot be taken.
     """
@@ -46,7 +47,7 @@ def run_info(run_id: object = None) -> RunInfo:
         size = "a world size beside it" if world_size is None else f"less than {world_size.source}={world_size.value}"
         raise ValueError(f"{rank.source}: expected {size}, got {rank.value}")
     return RunInfo(
-        run_id=given_run_id(run_id) or uuid.uuid4().hex[:12],
+        run_id=given_run_id(run_id) or made_up(None if before is None else before.run_id),
         rank=rank.value,
         world_size=1 if world_size is None else world_size.value,
         local_rank=(_number(said, "ESPER_LOCAL_RANK", None, _LOCAL_RANK) or rank).value,

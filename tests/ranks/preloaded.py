@@ -1,0 +1,1 @@
+"""Imported once by the server that forks the ranks: each of them begins with it."""
