@@ -21,8 +21,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from esper_telemetry import start_otlp
+from esper_telemetry.exporters.bell import Bell
 from esper_telemetry.exporters.otlp import environment
-from esper_telemetry.exporters.otlp.bell import Bell
 from esper_telemetry.exporters.otlp.points import metrics_data
 from esper_telemetry.exporters.prometheus import EsperCollector
 from esper_telemetry.snapshot.recent import RecentWindow

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from esper_telemetry.exporters.bell import Bell
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
-from esper_telemetry.exporters.otlp.bell import Bell
 from esper_telemetry.exporters.otlp.environment import metrics_url, read_settings, read_silence, set_log_level
 from esper_telemetry.exporters.otlp.variables import logger
 from esper_telemetry.exporters.urls import without_secrets
