@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def esper(*arguments, **environment):
 @pytest.mark.parametrize("option", ["-V", "--version"])
 def test_it_tells_its_version(option):
     said = esper(option)
-    assert re.fullmatch(r"esper-telemetry \d+\.\d+\.\d+\n", said.stdout)
+    assert re.fullmatch(r"esper-telemetry \d+\.\d+\.\d+(\.dev\d+)?\n", said.stdout)
     assert (said.returncode, said.stderr) == (0, "")
 
 
@@ -59,18 +58,20 @@ def test_what_does_not_train_loads_no_torch(command):
     assert run.stdout.rpartition("LOADED")[2].split() == []
 
 
-def test_help_and_version_take_no_time():
+def test_help_and_version_take_less_than_a_third_of_a_second():
     assert fastest(ESPER, "--version") < fastest(sys.executable, "-c", "pass") + 0.3
     assert fastest(ESPER, "--help") < fastest(sys.executable, "-c", "pass") + 0.3
 
 
 def fastest(*command):
-    """Return how long a command takes when nothing else runs, which is the least of some tries."""
+    """Return the least processor time of some tries: how long a command takes when nothing else runs."""
     times = []
     for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - began)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        times.append(used.ru_utime + used.ru_stime)
     return min(times)
 
 

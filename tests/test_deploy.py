@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from deploy.stack import configs, servers
 from esper_telemetry.cli import main
 from esper_telemetry.exporters.address import DEFAULT_PORT
 from esper_telemetry.exporters.otlp import environment
+from esper_telemetry.exporters.scrapers import LONGEST_WAIT
+from tests.kubectl import kustomize
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -25,6 +30,7 @@ COLLECTOR: dict[str, Any] = yaml.safe_load((DEPLOY / "otel-collector.yaml").read
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in KUBERNETES.glob("*.yaml")}
+JOB: dict[str, Any] = yaml.safe_load((KUBERNETES / "demo" / "job.yaml").read_text())
 
 
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +131,7 @@ def test_every_key_that_alertmanager_reads_has_an_example() -> None:
 def test_the_image_copies_what_exists_runs_as_nobody_and_serves_the_default_port() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     copied = [name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M) for name in line.split()]
-    assert copied == ["pyproject.toml", "README.md", "src"]
+    assert copied == ["pyproject.toml", "README.md", "LICENSE", "src", "alerts", "grafana", "deploy"]
     allowed = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     assert all((ROOT / name).exists() and f"!{name}" in allowed for name in copied)
     assert re.findall(r"^USER (\d+):\d+$", text, re.M) == ["10001"]
@@ -136,7 +142,7 @@ def test_the_image_copies_what_exists_runs_as_nobody_and_serves_the_default_port
     "arguments",
     [
         SERVICES["trainer"]["command"],
-        MANIFESTS["job.yaml"]["spec"]["template"]["spec"]["containers"][0]["args"],
+        JOB["spec"]["template"]["spec"]["containers"][0]["args"],
         json.loads(re.findall(r"^CMD (.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)[0]),
     ],
     ids=["compose", "job", "image"],
@@ -151,6 +157,34 @@ def test_kustomize_names_every_manifest() -> None:
     files = set(MANIFESTS["kustomization.yaml"]["resources"]) - {"../../grafana"}
     assert {*files, "kustomization.yaml"} == set(MANIFESTS)
     assert (KUBERNETES / "../../grafana/kustomization.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "kinds"), [("", ["ConfigMap", "PodMonitor", "PrometheusRule"]), ("demo", ["Job"])], ids=["all", "demo"]
+)
+def test_kubectl_takes_the_folder(folder: str, kinds: list[str]) -> None:
+    assert [manifest["kind"] for manifest in kustomize(KUBERNETES / folder)] == kinds
+
+
+def test_the_unit_waits_for_the_last_word_and_names_the_run() -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(DEPLOY / "systemd" / "esper-trainer@.service")
+    service = unit["Service"]
+    environment = dict(word.split("=") for word in service["Environment"].split())
+    assert environment["ESPER_RUN_ID"] == "%i"
+    assert environment["ESPER_LISTEN_ADDRESS"] == f"127.0.0.1:{PORT}"
+    assert int(service["TimeoutStopSec"]) > LONGEST_WAIT
+    assert service["Restart"] == "no"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on PATH")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "esper-trainer@.service").read_text()
+    unit = tmp_path / "esper-trainer@run.service"
+    unit.write_text(text.replace("/opt/training/venv/bin/python", sys.executable))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_prometheus_rule_holds_the_alerts() -> None:
@@ -169,7 +203,7 @@ def test_prometheus_takes_the_rules_of_the_manifest(tmp_path: Path) -> None:
 
 
 def test_the_pod_monitor_sees_the_jobs_pods_and_drops_finished_ones() -> None:
-    pod = MANIFESTS["job.yaml"]["spec"]["template"]
+    pod = JOB["spec"]["template"]
     monitor = MANIFESTS["podmonitor.yaml"]["spec"]
     assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     [endpoint] = monitor["podMetricsEndpoints"]
@@ -182,7 +216,7 @@ def test_the_pod_monitor_sees_the_jobs_pods_and_drops_finished_ones() -> None:
 
 
 def test_the_job_runs_as_nobody() -> None:
-    spec = MANIFESTS["job.yaml"]["spec"]["template"]["spec"]
+    spec = JOB["spec"]["template"]["spec"]
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["restartPolicy"] == "Never"
 

@@ -27,7 +27,7 @@ esac
 """
 DPKG = """#!/bin/sh
 mkdir -p "$3/usr/bin"
-for name in prometheus ${PROMTOOL-promtool} prometheus-alertmanager amtool prometheus-node-exporter vmalert; do
+for name in prometheus ${PROMTOOL-promtool} prometheus-alertmanager amtool prometheus-node-exporter vmalert kubectl; do
     printf '#!/bin/sh\\n' > "$3/usr/bin/$name"; chmod +x "$3/usr/bin/$name"
 done
 """
@@ -69,7 +69,8 @@ def test_every_program_is_there_and_runs(name: str) -> None:
         if not PROGRAMS[name].optional:
             raise
         pytest.skip(str(error))
-    subprocess.run([program, "--version"], check=True, capture_output=True)
+    version = ("version", "--client") if name == "kubectl" else ("--version",)
+    subprocess.run([program, *version], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,8 @@ def test_what_is_optional_and_cannot_be_had_is_one_line_and_no_failure(
     assert servers.main() == 0
     out, error = capsys.readouterr()
     assert out.count("\n") == 5
-    assert error == "vmalert: not on PATH, and apt-get failed (no output); install vmalert\n"
+    failed = "{0}: not on PATH, and apt-get failed (no output); install {0}\n"
+    assert error == failed.format("vmalert") + failed.format("kubectl")
 
 
 def test_a_program_that_moved_to_a_package_of_its_own_is_fetched_from_there(
@@ -154,7 +156,7 @@ def test_two_processes_at_once_fetch_once(debian: Path) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0] == outputs[1]
-    assert debian.read_text().count("update") == 4, "one download for each of the four packages"
+    assert debian.read_text().count("update") == 5, "one download for each of the five packages"
 
 
 def test_the_command_prints_one_line_for_what_is_missing(bare: Path) -> None:

@@ -56,6 +56,7 @@ PROGRAMS = {
     "vmalert": _Program(  # from 1.90 on, it knows keep_firing_for
         ("victoria-metrics",), ("vmalert",), "https://docs.victoriametrics.com/vmalert/", "trixie", optional=True
     ),
+    "kubectl": _Program(("kubectl",), ("kubectl",), "https://kubernetes.io/docs/tasks/tools/", "trixie", optional=True),
 }
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from esper_telemetry.cli.assets import add_assets
 from esper_telemetry.cli.drill import add_drill
 from esper_telemetry.cli.parser import EXIT_INTERRUPTED, Completion, Parser, Version
 from esper_telemetry.cli.ppo import add_ppo
@@ -37,6 +38,7 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(title="commands", required=True, dest="command", metavar="COMMAND")
     add_ppo(commands)
+    add_assets(commands)
     add_drill(commands)
     add_report(commands)
     return parser
