@@ -174,6 +174,21 @@ def firing_alerts() -> str:
     return f"max by (alertname, severity, run, instance, run_id) ({with_run} or {without})"
 
 
+def last_seen(metric: str, *by: str) -> str:
+    """Return the last value of every instance within the window."""
+    return named(f"last_over_time({select(metric)}[{WINDOW}])", *by, window=WINDOW)
+
+
+def seconds_since(metric: str) -> str:
+    """Return the seconds since the last value of every instance, which is a time."""
+    return named(f"time() - last_over_time({select(metric)}[{WINDOW}])", window=WINDOW)
+
+
+def damaged_tensors() -> str:
+    """Return the tensors that held a bad element at the last look, the worst first."""
+    return f"topk({ROWS}, {named(select('esper_damaged_tensor_elements'), 'part', 'tensor')})"
+
+
 def bad_layers(metric: str) -> str:
     """Return the layers that held a bad element within the window, the worst first."""
     return f"topk({ROWS}, {largest(metric, 'layer', window=WINDOW)} > 0)"

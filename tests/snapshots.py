@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from esper_telemetry.snapshot import RunInfo, Snapshot
 from esper_telemetry.snapshot.amp_state import AmpState
+from esper_telemetry.snapshot.damage import Damage, GoodCheck
 from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 from esper_telemetry.snapshot.ranks import BadRank, RankPlace, Ranks
@@ -66,6 +67,12 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         recent=before.recent.after(NOW, layers, 1),
         history=before.history.after(NOW, timestamp, inf, nan, "policy.weight"),
         amp=AmpState(scale=1024.0, skips=3, consecutive_skips=2, warm=True),
+        found_damage=Damage(
+            parameters=(LayerCounts("policy.weight", 0, 3, 64),),
+            optimizer=(LayerCounts("exp_avg of policy.weight", 1, 3, 64),),
+        ),
+        cause="forward of policy",
+        last_good_check=GoodCheck(check=38, timestamp=timestamp - 41, step=38),
         skipped_updates={"amp": 3, "intervention": 0},
         monitor_seconds=0.25,
         ppo=PPOUpdatePayload(

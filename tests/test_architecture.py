@@ -89,7 +89,8 @@ def test_the_drawing_shows_the_arrows_that_no_others_imply():
         ("snapshot", {"health"}),
         ("scan", {"health"}),
         ("exporters/web", set()),
-        ("monitor", {"health", "snapshot", "scan", "ranks", "recorder"}),
+        ("verdict", {"snapshot", "scan"}),
+        ("monitor", {"health", "snapshot", "scan", "ranks", "recorder", "verdict"}),
     ],
 )
 def test_a_room_imports_only_what_is_below_it(room, allowed):

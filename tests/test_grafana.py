@@ -271,6 +271,7 @@ def test_the_ppo_row_is_collapsed_and_the_banner_is_above_all_rows() -> None:
     rows = {panel["title"]: panel["collapsed"] for panel in BOARD["panels"] if panel["type"] == "row"}
     assert rows == {
         "Health": False,
+        "Model": False,
         "Training": False,
         "Layers": False,
         "Heads": False,

@@ -102,6 +102,38 @@ AMP_SCALE = _gauge("esper_amp_scale", "Scale of the watched GradScaler.")
 AMP_CONSECUTIVE_SKIPS = _gauge(
     "esper_amp_consecutive_skips", "Optimizer steps in a row that the watched GradScaler skipped.", "{update}"
 )
+NONFINITE_PARAMETERS = _gauge(
+    "esper_nonfinite_parameters",
+    "Inf and NaN elements in the model's parameters at the last look; NaN before the first.",
+    "{element}",
+)
+NONFINITE_BUFFERS = _gauge(
+    "esper_nonfinite_buffers",
+    "Inf and NaN elements in the model's buffers at the last look; NaN before the first.",
+    "{element}",
+)
+NONFINITE_OPTIMIZER_STATE = _gauge(
+    "esper_nonfinite_optimizer_state",
+    "Inf and NaN elements in what the optimizers keep at the last look; NaN before the first.",
+    "{element}",
+)
+DAMAGED_TENSOR = _gauge(
+    "esper_damaged_tensor_elements",
+    "Inf and NaN elements of a damaged tensor at the last look, the worst of each part only.",
+    "{element}",
+    ("part", "tensor"),
+)
+CAUSE = _gauge(
+    "esper_cause_info", "Where the last trouble began, as far as that was seen in the forward.", labels=("cause",)
+)
+LAST_GOOD_CHECK = _gauge(
+    "esper_last_good_check_timestamp_seconds",
+    "Unix time of the last check that found nothing, of a model not known to be damaged; NaN before the first.",
+    "s",
+)
+CHECKS_SINCE_GOOD = _gauge(
+    "esper_checks_since_last_good_check", "Checks since the last good one; NaN before the first.", "{check}"
+)
 PPO_POLICY_LOSS = _gauge("esper_ppo_policy_loss", "Policy loss of the last PPO update.")
 PPO_VALUE_LOSS = _gauge("esper_ppo_value_loss", "Value loss of the last PPO update.")
 PPO_ENTROPY = _gauge("esper_ppo_entropy", "Mean policy entropy in the last PPO update.", "{nat}")

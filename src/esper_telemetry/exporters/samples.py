@@ -40,6 +40,7 @@ def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sampl
     """Yield every sample of a snapshot at `now`, in monotonic seconds."""
     yield from _counts(snapshot, time.monotonic() if now is None else now)
     yield from _history(snapshot)
+    yield from _verdict(snapshot)
     yield from _layer_norms(snapshot)
     yield from _heads(snapshot)
     yield from _ppo(snapshot)
@@ -78,6 +79,25 @@ def _history(snapshot: Snapshot) -> Iterator[Sample]:
     if snapshot.amp is not None:
         yield Sample(metrics.AMP_SCALE, (), snapshot.amp.scale)
         yield Sample(metrics.AMP_CONSECUTIVE_SKIPS, (), snapshot.amp.consecutive_skips)
+
+
+_PARTS = {
+    "parameters": metrics.NONFINITE_PARAMETERS,
+    "buffers": metrics.NONFINITE_BUFFERS,
+    "optimizer": metrics.NONFINITE_OPTIMIZER_STATE,
+}
+
+
+def _verdict(snapshot: Snapshot) -> Iterator[Sample]:
+    found, good = snapshot.found_damage, snapshot.last_good_check
+    for part, metric in _PARTS.items():
+        yield Sample(metric, (), math.nan if found is None else found.elements(part))
+        for layer in () if found is None else getattr(found, part)[:MAX_LAYERS]:
+            yield Sample(metrics.DAMAGED_TENSOR, (part, layer.layer_name), layer.inf_count + layer.nan_count)
+    if snapshot.cause is not None:
+        yield Sample(metrics.CAUSE, (snapshot.cause,), 1)
+    yield Sample(metrics.LAST_GOOD_CHECK, (), math.nan if good is None else good.timestamp)
+    yield Sample(metrics.CHECKS_SINCE_GOOD, (), math.nan if good is None else snapshot.checks - good.check)
 
 
 def _layer_norms(snapshot: Snapshot) -> Iterator[Sample]:

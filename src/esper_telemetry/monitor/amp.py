@@ -14,9 +14,9 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from esper_telemetry.monitor.scalars import Scalars
 from esper_telemetry.monitor.steps import parameter_ids
 from esper_telemetry.scan import Scan
+from esper_telemetry.scan.scalars import Scalars
 from esper_telemetry.snapshot.amp_state import AmpState
 
 MIN_SCALE = 1.0

@@ -18,6 +18,7 @@ from esper_telemetry.snapshot.amp_state import AmpState
 from esper_telemetry.snapshot.arrival import by_arrival
 from esper_telemetry.snapshot.rank_share import LocalCheck
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow, worst_first
+from esper_telemetry.verdict.passage import Passage
 
 
 class Check(NamedTuple):
@@ -26,6 +27,7 @@ class Check(NamedTuple):
     layers: the gradients, or parameters where there is none; or the shapes of both.
     order: the layers as gradients reached them.
     unmeasured: the layers that could not be measured.
+    seen: what the trap has seen of the pass, where it was armed.
     """
 
     names: Sequence[str]
@@ -35,6 +37,7 @@ class Check(NamedTuple):
     timestamp: float
     amp: AmpReading | None
     shared: Shared
+    seen: Passage | None
 
     def judge(self, found: Scan) -> Scan:
         """Return what the optimizer would see."""

@@ -22,6 +22,7 @@ from esper_telemetry.monitor.passes import Pass
 from esper_telemetry.recorder import BatchId, FlightRecorder
 from esper_telemetry.scan import PendingScan, Scan, Scanner
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.verdict.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,10 @@ class CheckMaker:
     steps_early: whether gradients were taken away during the last pass, as by an optimizer that steps there.
     seconds: spent in the training thread so far.
     batch_id: of the batch that made the gradients.
+    verdict: to be set before the first check.
     """
+
+    verdict: Verdict
 
     def __init__(self, latest: Latest, aids: Aids, amp: ScalerWatch | None) -> None:
         self._latest = latest
@@ -57,6 +61,7 @@ class CheckMaker:
         self.scan: Measure = Scanner()
         self.amp = amp
         self.steps_early = False
+        self._unstepped: Check | None = None
         self.made = 0
         self.seconds = 0.0
         self.batch_id: BatchId = None
@@ -64,7 +69,7 @@ class CheckMaker:
     @property
     def pending(self) -> bool:
         """Tell whether results are still on a device."""
-        return bool(self._launched)
+        return bool(self._launched) or self.verdict.pending
 
     def carry_on(self, before: Snapshot) -> None:
         """Go on with the counters of a monitor that has ended."""
@@ -88,6 +93,8 @@ class CheckMaker:
                     self._make(gathering, ended, measure, started)
             except Exception:
                 self._latest.fail("a check failed")
+            self._unstepped = None
+            self.verdict.set_trap()
             return self.take_news()
 
     def settle(self, wait: bool = False) -> None:
@@ -102,6 +109,7 @@ class CheckMaker:
             except Exception:
                 self._launched.clear()
                 self._latest.fail("results were lost on their device")
+        self.verdict.settle()
 
     def take_news(self) -> list[Snapshot]:
         """Return the snapshots that listeners were not told of yet."""
@@ -151,10 +159,11 @@ class CheckMaker:
             bad = {names.index(name): counts for name, counts in unexplained.items() if name in names}
             found = Scan(list(before.layer_norms), bad, before.elements or 0)
             shared = gathering.sharing.of(parameters, {}, "step")
-            self._publish(Check(names, parameters, (), (), time.time(), None, shared), found, time.perf_counter())
+            self._publish(Check(names, parameters, (), (), time.time(), None, shared, None), found, time.perf_counter())
 
     def _make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> None:
         aids, number = self._aids, self._latest.snapshot.checks + len(self._launched) + 1
+        seen = self.verdict.before_check()
         parameters, gradients = gathering.gather(ended)
         coverage = Coverage(gradients, ended, by_hand=not gathering.follows_passes)
         if aids.before_check is not None:
@@ -170,7 +179,8 @@ class CheckMaker:
         found = coverage.merge(measure(late))
         layers = [each if gradient is None else gradient for each, gradient in zip(parameters, gradients, strict=True)]
         shared = gathering.sharing.of(gradients, coverage.own, ended.when)
-        check = Check(names, layers, order, coverage.unmeasured, time.time(), amp, shared)
+        check = Check(names, layers, order, coverage.unmeasured, time.time(), amp, shared, seen)
+        self._unstepped = check
         self.made += 1
         self.steps_early = coverage.freed
         if isinstance(found, Scan):
@@ -192,7 +202,9 @@ class CheckMaker:
 
     def _publish(self, check: Check, found: Scan, started: float) -> None:
         seconds = self.seconds + time.perf_counter() - started
-        self._latest.snapshot = check.publish(self._latest.snapshot, found, seconds)
+        self.verdict.settle()
+        published = check.publish(self._latest.snapshot, found, seconds)
+        self._latest.snapshot = self.verdict.after_check(published, check.seen, check is self._unstepped)
         self._untold.append(self._latest.snapshot)
 
 

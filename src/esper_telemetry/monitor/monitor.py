@@ -27,18 +27,20 @@ from esper_telemetry.monitor.progress import Progress
 from esper_telemetry.monitor.reaction import Policy, Reaction
 from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.steps import list_optimizers
+from esper_telemetry.monitor.told import Told
 from esper_telemetry.monitor.until_closed import UntilClosed
 from esper_telemetry.ranks.identity import run_info
 from esper_telemetry.ranks.rows import RankRows
 from esper_telemetry.ranks.shares import Replicas, check_replicas
-from esper_telemetry.recorder import BatchId, FlightRecorder
+from esper_telemetry.recorder import FlightRecorder
 from esper_telemetry.scan import ClipScan
 from esper_telemetry.scan.layers import Model
 from esper_telemetry.snapshot import Snapshot
-from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
+from esper_telemetry.verdict.safety import Safety
+from esper_telemetry.verdict.verdict import Verdict
 
 
-class GradientMonitor(UntilClosed):
+class GradientMonitor(Told, UntilClosed):
     """Count the Inf and NaN elements in a model's gradients.
 
     Call `update()` between `backward()` and whatever clips, or let `watch()` do it. Measuring never raises: a fault
@@ -61,6 +63,9 @@ class GradientMonitor(UntilClosed):
     patience: do it only after that many critical checks in a row, and from then on until a check is not critical.
     statistics_every: checks between two looks for dead and exploding layers; what is found is looked at again in the
         checks that follow.
+    trap: after a bad check, hook the modules for the next passes, 16 at most, to find where trouble begins.
+    damage_every: checks between two looks at parameters, buffers and optimizer state while all is well; after a bad
+        check there is one per check. `snapshot.damage` says what was found.
     recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
     before_check: called with the number of the check to come; for fault injection.
     record_dir: a folder; the first bad check of each episode of trouble is recorded in a file there, before the
@@ -85,6 +90,8 @@ class GradientMonitor(UntilClosed):
         on_critical: Policy = "continue",
         patience: int = 1,
         statistics_every: int = 100,
+        trap: bool = True,
+        damage_every: int = 1000,
         recent_window_seconds: float = 120.0,
         before_check: Callable[[int], None] | None = None,
         record_dir: str | os.PathLike[str] | None = None,
@@ -107,9 +114,11 @@ class GradientMonitor(UntilClosed):
         self._checks = CheckMaker(self._latest, aids, amp)
         try:
             self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail, share)
+            self._verdict = Verdict(self._latest, self._gathering.watched, optimizers, damage_every, trap)
         except ValueError:
             self._reaction.close()
             raise
+        self._checks.verdict = self._verdict
         self._recorder = recorder
         self._progress = Progress(self._latest)
         self._watching = True
@@ -124,15 +133,6 @@ class GradientMonitor(UntilClosed):
         if self._checks.pending or self._progress.pending:
             self._latest.try_to(self._checks.settle, self._progress.take_in)
         return self._latest.snapshot
-
-    @property
-    def batch_id(self) -> BatchId:
-        """Name the batch that makes the gradients to come, for the flight recorder."""
-        return self._checks.batch_id
-
-    @batch_id.setter
-    def batch_id(self, batch_id: BatchId) -> None:
-        self._checks.batch_id = batch_id
 
     def update(self, *, scaler: GradScaler | None = None) -> Snapshot:
         """Measure every `.grad` now and return the new snapshot.
@@ -169,6 +169,15 @@ class GradientMonitor(UntilClosed):
         """Call `update()` by itself at the end of each backward pass, from now on."""
         self._gathering.follow_passes(lambda ended: self._check(ended, self._checks.scan))
 
+    def safe_to_save(self) -> Safety:
+        """Tell whether a checkpoint is worth keeping now, true or false, with the reason in `.why`.
+
+        False from a bad check until parameters, buffers and optimizer state were seen intact. Where results of checks
+        are on a device it waits for them, as saving does.
+        """
+        self.flush()
+        return self._verdict.safe_to_save()
+
     def pause(self) -> AbstractContextManager[object]:
         """Make no checks until `resume()`, or the end of the `with` block: for passes that are not training."""
         self._gathering.pause()
@@ -187,28 +196,6 @@ class GradientMonitor(UntilClosed):
         """
         return self._listeners.add(listener)
 
-    def record(
-        self,
-        *,
-        loss: float | Tensor | None = None,
-        lr: float | Tensor | None = None,
-        step: int | None = None,
-        samples: int | None = None,
-    ) -> None:
-        """Tell how training goes, to see it beside the gradients; never wait for a device, never raise.
-
-        samples: processed since the last call.
-        """
-        self._progress.tell(loss=loss, lr=lr, step=step, samples=samples)
-
-    def record_ppo_update(self, payload: PPOUpdatePayload) -> None:
-        """Put a PPO update into the snapshot."""
-        self._latest.change(ppo=payload)
-
-    def carry_on(self, before: Snapshot) -> None:
-        """Go on with the counters of a monitor that has ended in this process; call it before the first check."""
-        self._checks.carry_on(before)
-
     def flush(self, timeout: float = 10.0) -> None:
         """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""
         self._listeners.tell(self._checks.flush(timeout))
@@ -226,6 +213,7 @@ class GradientMonitor(UntilClosed):
         self._stop_following_steps()
         self._reaction.close()
         news = self._checks.see_last_step(self._gathering)
+        self._verdict.close()
         self._gathering.close()
         self._listeners.tell(news)
         if self._recorder is not None:
@@ -242,5 +230,6 @@ class GradientMonitor(UntilClosed):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check before a step whose gradients arrived where nobody looked: late, but not never."""
+        self._verdict.stepped(optimizer)
         if self._checks.is_unchecked(optimizer, self._gathering):
             self._check(Pass("step"), self._checks.scan)

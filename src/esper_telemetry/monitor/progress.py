@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from esper_telemetry.monitor.latest import Latest
-from esper_telemetry.monitor.scalars import Scalars
+from esper_telemetry.scan.scalars import Scalars
 from esper_telemetry.snapshot.train_progress import TrainProgress
 
 _MOST = 16  # of a loss that is still on its device; who reads is behind by no more

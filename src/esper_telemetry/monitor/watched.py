@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from esper_telemetry.monitor.tags import Arrive, Tag, has_other_monitor, tag, untag
-from esper_telemetry.scan.layers import Layer, Model, list_layers, named_roots
+from esper_telemetry.scan.layers import Layer, Model, list_buffers, list_layers, named_modules, named_roots
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -63,6 +63,20 @@ class Watched:
         if parameters is None:
             parameters = self._relist()
         return parameters
+
+    def buffers(self) -> list[tuple[str, nn.Module, Tensor]]:
+        """Return the buffers that the model has now, each with its name and its module."""
+        alive = self._modules_alive()
+        return list_buffers(alive) if alive else []
+
+    def modules(self, enter: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
+        """Return the modules that the model has now, with their names; `enter` tells whether to look within one."""
+        alive = self._modules_alive()
+        return list(named_modules(alive, enter)) if alive else []
+
+    def _modules_alive(self) -> dict[str, nn.Module | Tensor]:
+        found = {name: ref() for name, ref in self._roots.items()}
+        return {name: root for name, root in found.items() if isinstance(root, nn.Module)}
 
     def close(self) -> None:
         """Leave every parameter as it was before, and forget it."""

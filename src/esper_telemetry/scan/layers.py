@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -60,6 +60,27 @@ def layers_by_name(model: Model) -> dict[str, Layer]:
     return {alias: layer for layer in layers for alias in layer.aliases} | {layer.name: layer for layer in layers}
 
 
+def named_modules(model: Model, enter: Callable[[nn.Module], bool] = lambda _: True) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) once per module, named without wrappers, from the outside in; a wrapper has the name within.
+
+    enter: tells whether to go on to the modules within one.
+    """
+    seen: set[int] = set()
+    for prefix, root in named_roots(model).items():
+        if isinstance(root, nn.Module):
+            yield from _modules_in(root, prefix, enter, seen)
+
+
+def list_buffers(model: Model) -> list[tuple[str, nn.Module, Tensor]]:
+    """List every buffer once, with its module."""
+    found: dict[int, tuple[str, nn.Module, Tensor]] = {}
+    for prefix, module in named_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                found.setdefault(id(buffer), (f"{prefix}.{name}" if prefix else name, module, buffer))
+    return list(found.values())
+
+
 def named_roots(model: Model) -> dict[str, nn.Module | Tensor]:
     """Return the model as prefix -> module or tensor; raise ValueError when it is neither a module nor such a dict."""
     roots: dict[str, nn.Module | Tensor] = {"": model} if isinstance(model, nn.Module) else {}
@@ -97,6 +118,21 @@ def _walk_module(
         if child is not None and not any(child is each for each in above):
             inner = shown if _is_wrapper(module, name) else f"{shown}{name}."
             yield from _walk_module(child, inner, f"{raw}{name}.", above)
+
+
+def _modules_in(
+    module: nn.Module, name: str, enter: Callable[[nn.Module], bool], seen: set[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    if not enter(module):
+        return
+    for child, inner in module._modules.items():
+        if inner is not None:
+            within = name if _is_wrapper(module, child) else f"{name}.{child}" if name else child
+            yield from _modules_in(inner, within, enter, seen)
 
 
 def _is_wrapper(module: nn.Module, child: str) -> bool:

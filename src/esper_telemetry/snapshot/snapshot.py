@@ -12,6 +12,7 @@ from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 
 if TYPE_CHECKING:
     from esper_telemetry.snapshot.amp_state import AmpState
+    from esper_telemetry.snapshot.damage import Damage, GoodCheck
     from esper_telemetry.snapshot.heads import Head, WatchedHeads
     from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
     from esper_telemetry.snapshot.rank_share import GradScope, LocalCheck
@@ -84,6 +85,11 @@ class Snapshot:
     history: the last minutes in slots, and how trouble began.
     unmonitored_steps: optimizer steps with gradients of the model that no check preceded.
     amp: the GradScaler's state at the last check, None where none is watched.
+    found_damage: what the last look at parameters, buffers and optimizer state found; None before the first. `damage`
+        says it in a word.
+    cause: where the trouble of the last episode began, as far as that was seen: "input", "parameter NAME", "forward of
+        MODULE", "loss" or "backward of MODULE".
+    last_good_check: the last check that found nothing, of a model that was not known to be damaged.
     monitor_seconds: time spent measuring so far.
     progress: what the loop told of its training; None where it told nothing.
     ranks: what is known of the other processes of the run; None in a run of one, and before they are known.
@@ -115,6 +121,9 @@ class Snapshot:
     skipped_updates: dict[str, int]
     unmonitored_steps: int
     amp: AmpState | None
+    found_damage: Damage | None
+    cause: str | None
+    last_good_check: GoodCheck | None
     monitor_seconds: float
     monitor_errors: int
     ppo: PPOUpdatePayload | None
@@ -155,6 +164,9 @@ class Snapshot:
             skipped_updates={"amp": 0, "intervention": 0},
             unmonitored_steps=0,
             amp=None,
+            found_damage=None,
+            cause=None,
+            last_good_check=None,
             monitor_seconds=0.0,
             monitor_errors=0,
             ppo=None,
@@ -183,6 +195,14 @@ class Snapshot:
     def local_origin_layer(self) -> str | None:
         """Return the layer where the last trouble that this rank itself made began."""
         return None if self.local is None else self.local.origin_layer
+
+    @property
+    def damage(self) -> str | None:
+        """Return "intact", or the worst part that holds Inf or NaN: "optimizer", "buffers" or "parameters".
+
+        None before the first look.
+        """
+        return None if self.found_damage is None else self.found_damage.word
 
     @property
     def heads(self) -> Mapping[str, Head]:
@@ -227,6 +247,7 @@ class Snapshot:
             skipped_updates=before.skipped_updates,
             unmonitored_steps=before.unmonitored_steps,
             local=before.local and before.local.within(self.recent.seconds),
+            last_good_check=before.last_good_check,
             monitor_seconds=before.monitor_seconds,
             monitor_errors=before.monitor_errors,
             ppo=before.ppo,

@@ -1,0 +1,82 @@
+"""One look at the whole state of a model: count Inf and NaN exactly, per tensor."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Size
+
+from esper_telemetry.scan import PendingScan, Scan, Scanner
+from esper_telemetry.snapshot.damage import PARTS, Damage
+from esper_telemetry.snapshot.recent import LayerCounts, worst_first
+from esper_telemetry.verdict.state import Held, without_grad
+
+
+class _Seen(NamedTuple):
+    """Hold what is needed of a tensor when the result arrives."""
+
+    part: str
+    name: str
+    shape: Size
+    may_be_meant: bool
+
+
+class Looks:
+    """Look at the state of a model; results that are on a device arrive later, in their order.
+
+    Inf that stood in a buffer, or in a frozen parameter, when it was seen first is meant, as in an attention mask: it
+    is no damage while it stays as it is. NaN is never meant, nor anything in running statistics.
+
+    on_result: called with what each look found, and its mark.
+    """
+
+    def __init__(self, on_result: Callable[[Damage, bool], None]) -> None:
+        self._scan = Scanner()
+        self._launched: deque[tuple[PendingScan | Scan, Sequence[_Seen], bool]] = deque()
+        self._meant: dict[tuple[str, Size], int] = {}
+        self._on_result = on_result
+
+    @property
+    def pending(self) -> bool:
+        """Tell whether results are still on a device."""
+        return bool(self._launched)
+
+    def launch(self, state: Sequence[Held], mark: bool) -> None:
+        """Look now, in the order of the stream; where nothing is on a device, the result is there at once.
+
+        mark: given on with the result.
+        """
+        if not state:
+            self._on_result(Damage(), mark)
+            return
+        found = self._scan(without_grad([each.tensor for each in state]))
+        seen = [_Seen(each.part, each.name, each.tensor.shape, each.may_be_meant) for each in state]
+        self._launched.append((found, seen, mark))
+        self.settle()
+
+    def settle(self, wait: bool = False) -> None:
+        """Take in the results that have arrived, or all of them."""
+        while self._launched:
+            found, seen, mark = self._launched[0]
+            if not isinstance(found, Scan):
+                if not wait and not found.ready():
+                    return
+                found = found.result()
+            self._launched.popleft()
+            self._on_result(self._damage(found, seen), mark)
+
+    def forget(self) -> None:
+        """Give up results that never arrive."""
+        self._launched.clear()
+
+    def _damage(self, found: Scan, seen: Sequence[_Seen]) -> Damage:
+        parts: dict[str, list[LayerCounts]] = {part: [] for part in PARTS}
+        for index, each in enumerate(seen):
+            inf, nan = found.bad.get(index, (0, 0))
+            if each.may_be_meant and inf == self._meant.setdefault((each.name, each.shape), inf):
+                inf = 0
+            if inf or nan:
+                parts[each.part].append(LayerCounts(each.name, inf, nan, each.shape.numel()))
+        return Damage(**{part: tuple(worst_first(layers)) for part, layers in parts.items()})
