@@ -6,12 +6,7 @@ import math
 
 import torch
 from torch import nn
-
-
-def mlp():
-    """Return a model of three blocks; equal on all ranks."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+from torch.distributed.tensor import DTensor
 
 
 class Poison(torch.autograd.Function):
@@ -25,7 +20,8 @@ class Poison(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone()
-        gradient.view(-1)[: ctx.count] = ctx.value
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local.view(-1)[: ctx.count] = ctx.value
         return gradient, None, None
 
 
@@ -50,3 +46,31 @@ def faulty_mlp():
 def batch(rank):
     """Return a batch of a rank's own."""
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+
+
+def true_counts(model):
+    """Return the NaN and Inf elements of the whole run's gradient; every rank has to ask."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    whole = [each.full_tensor() if isinstance(each, DTensor) else each for each in gradients]
+    return sum(int(g.isnan().sum()) for g in whole), sum(int(g.isinf().sum()) for g in whole)
+
+
+def seen(monitor):
+    """Return what tests compare of a snapshot."""
+    snapshot = monitor.snapshot
+    scope = snapshot.scope
+    return {
+        "checks": snapshot.checks,
+        "nan": snapshot.nan_grad_count,
+        "inf": snapshot.inf_grad_count,
+        "owned": snapshot.owned_nan_count,
+        "owned_inf": snapshot.owned_inf_count,
+        "local": snapshot.local_nan_count,
+        "local_inf": snapshot.local_inf_count,
+        "layer": snapshot.local_origin_layer,
+        "scope": scope and (scope.scope, scope.exact, scope.when),
+        "unmeasured": snapshot.unmeasured_layers,
+        "errors": snapshot.monitor_errors,
+        "elements": snapshot.elements,
+        "norm": snapshot.grad_norm,
+    }

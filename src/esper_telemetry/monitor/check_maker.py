@@ -158,7 +158,7 @@ class CheckMaker:
             names, parameters = gathering.watched.names, gathering.watched.parameters()
             bad = {names.index(name): counts for name, counts in unexplained.items() if name in names}
             found = Scan(list(before.layer_norms), bad, before.elements or 0)
-            shared = gathering.sharing.of(parameters, {}, "step")
+            shared = gathering.sharing.of(parameters, "step")
             self._publish(Check(names, parameters, (), (), time.time(), None, shared, None), found, time.perf_counter())
 
     def _make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> None:
@@ -178,7 +178,7 @@ class CheckMaker:
             late, amp = self.amp.read(late, parameters, names, order, _fresh(ended, gradients))
         found = coverage.merge(measure(late))
         layers = [each if gradient is None else gradient for each, gradient in zip(parameters, gradients, strict=True)]
-        shared = gathering.sharing.of(gradients, coverage.own, ended.when)
+        shared = gathering.sharing.of(gradients, ended.when)
         check = Check(names, layers, order, coverage.unmeasured, time.time(), amp, shared, seen)
         self._unstepped = check
         self.made += 1

@@ -21,12 +21,11 @@ def look_on_arrival(
     """Look at a gradient that has just arrived, and measure it where it may be gone when the pass ends.
 
     That is so in the first pass, which shows what other code does with it; where it was gone or altered before; and
-    where other hooks wait for it; and where it is about to be reduced over ranks, if this rank's own is asked for.
-    Return None where another hook was faster and has taken it.
+    where other hooks wait for it. Return None where another hook was faster and has taken it.
     """
     if gradient is None:
         return None
-    found = measure(gradient) if tag.early or (tag.has_company and not tag.reduced) else None
+    found = measure(gradient) if tag.early or tag.has_company else None
     return id(gradient), gradient._version, found
 
 
@@ -43,7 +42,6 @@ class Coverage:
 
     late: what is to be measured now, by layer; what was measured as it arrived, and is still the same, is left out.
     unmeasured: the layers whose gradient arrived, and was gone or altered before it could be measured.
-    own: what this rank's backward made, by layer, where it was measured before it was reduced.
     freed: whether gradients were taken away during the pass.
 
     by_hand: whether others may have worked on the gradients since the pass ended, as before `update()`: what they
@@ -53,7 +51,6 @@ class Coverage:
     def __init__(self, gradients: Sequence[Tensor | None], ended: Pass, by_hand: bool = False) -> None:
         self.late = list(gradients)
         self.unmeasured: list[int] = []
-        self.own: dict[int, Scan | PendingScan] = {}
         self.freed = False
         self._early: dict[int, _Early] = {}
         self._by_hand = by_hand
@@ -62,7 +59,7 @@ class Coverage:
             if index is None:
                 continue
             if tag.reduced:
-                self._take_in_reduced(index, None if seen is None else seen[2])
+                self._take_in_reduced(index)
                 continue
             gradient = self.late[index]
             same = gradient is not None and seen is not None and seen[:2] == (id(gradient), gradient._version)
@@ -70,7 +67,7 @@ class Coverage:
                 self._take_in(index, tag, same, None if seen is None else seen[2])
         if self.unmeasured:  # other code has changed its ways: all of it is to be seen once more
             for tag in ended.arrived:
-                tag.early = tag.early or not tag.reduced
+                tag.early = True
 
     def all_now(self, gradients: Sequence[Tensor | None]) -> None:
         """Measure every gradient now, those that were measured before too."""
@@ -85,10 +82,8 @@ class Coverage:
                 early.tag.early = False
         return with_early(late, {index: early.found for index, early in self._early.items()})
 
-    def _take_in_reduced(self, index: int, found: Scan | PendingScan | None) -> None:
+    def _take_in_reduced(self, index: int) -> None:
         """Take in a gradient that was altered since it arrived, by the reduction."""
-        if found is not None:
-            self.own[index] = found
         if self.late[index] is None:
             self.freed = True
             self.unmeasured.append(index)

@@ -11,6 +11,7 @@ from esper_telemetry.monitor.coverage import look_on_arrival
 from esper_telemetry.monitor.passes import Pass, Passes, SinceUpdate
 from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.tags import Tag, retag
+from esper_telemetry.monitor.unsharded import Unsharded
 from esper_telemetry.monitor.watched import Watched
 from esper_telemetry.scan import PendingScan, Scan
 from esper_telemetry.scan.layers import Model
@@ -40,6 +41,8 @@ class Gathering:
         self._pauses = 0
         self.watched = Watched(model, self._arrive)
         self.sharing = share(self.watched)
+        self._unsharded = Unsharded(self._arrive_whole)
+        self._look_at_ranks()
 
     @property
     def follows_passes(self) -> bool:
@@ -77,6 +80,7 @@ class Gathering:
         What another thread's backward pass is writing to, or may be, is not touched: to read it would be a crash.
         """
         parameters = self.watched.parameters()
+        self._look_at_ranks()
         if self._passes is None:
             gradients = [parameter.grad for parameter in parameters]
         else:
@@ -92,20 +96,36 @@ class Gathering:
 
     def close(self) -> None:
         """Leave every parameter as it was before."""
+        self._unsharded.close()
         self.watched.close()
 
     def _begin(self) -> None:
         """Look at the model before the first gradient of a pass is taken in."""
         self.watched.refresh()
+        self._look_at_ranks()
+
+    def _look_at_ranks(self) -> None:
         try:
-            self.sharing.refresh()
+            wrappers = self.sharing.refresh()
+            if wrappers is not None:
+                self._unsharded.follow(wrappers.fsdp2, self.sharing.tags())
         except Exception:
             self._fail("how the model is spread over ranks could not be found out")
 
+    def _arrive_whole(self, tag: Tag, parameter: Tensor) -> None:
+        """Take in what this rank's own backward made, before it is reduced."""
+        try:
+            if tag.own is not None and parameter.grad is not None and not self._pauses:
+                tag.own.append(self._measure(parameter.grad))
+        except Exception:
+            self._fail("a gradient could not be looked at as it arrived")
+
     def _arrive(self, tag: Tag, parameter: Tensor) -> None:
+        if tag.reduced:
+            self._arrive_whole(tag, parameter)
         try:
             gradient = parameter.grad
-            if gradient is None or tag.early or len(tag.hooks) > 1:
+            if gradient is None or (not tag.reduced and (tag.early or len(tag.hooks) > 1)):
                 seen = look_on_arrival(tag, gradient, self._measure)
             else:  # mostly, so it is quick
                 seen = id(gradient), gradient._version, None

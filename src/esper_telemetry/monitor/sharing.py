@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from esper_telemetry.monitor.tags import Tag
 from esper_telemetry.monitor.watched import Watched
-from esper_telemetry.ranks.shares import WHOLE, Local, Replicas, Share, list_shares
-from esper_telemetry.ranks.wrappers import DTENSOR, class_of, joined
+from esper_telemetry.ranks.shares import Local, Replicas, Share, list_shares
+from esper_telemetry.ranks.wrappers import DTENSOR, Wrappers, class_of, joined
 from esper_telemetry.scan import PendingScan, Scan
 from esper_telemetry.snapshot.rank_share import GradScope
 
-Early = Mapping[int, Scan | PendingScan]
+Own = Mapping[int, Sequence[Scan | PendingScan]]
 Bad = Mapping[int, tuple[int, int]]
 
 
@@ -33,48 +34,67 @@ class Sharing:
         self._joined = False
         self._names: Sequence[str] | None = None
         self._shares: list[Share] = []
+        self._ids: list[int] = []
 
     @property
     def hops(self) -> int:
         """Return how often the end of a pass is put off, so that all that reduces its gradients is done by then."""
         return 2 if self._joined else 0
 
-    def refresh(self) -> None:
-        """Look again where something has changed; quick where nothing has."""
+    def refresh(self) -> Wrappers | None:
+        """Look again where something has changed, and return what was found; quick where nothing has."""
         if not self._joined:
             if not joined():
-                return
+                return None
             self._joined = True
             self._on_join()
-        if self._names is not self._watched.names or self._watched.wrapped:
-            self._list()
+        if self._names is self._watched.names and not self._watched.wrapped:
+            return None
+        return self._list()
 
-    def of(self, gradients: Sequence[Tensor | None], own: Early, when: str) -> Shared:
-        """Return what is known of the ranks at a check of these gradients.
+    def tags(self) -> dict[int, Tag]:
+        """Return the tags of the layers whose own gradients are measured, by the ids of their parameters as listed."""
+        tags = zip(self._ids, self._watched.tags, strict=True)
+        return {each: tag for each, tag in tags if tag.own is not None}
 
-        own: what this rank's backward made, by layer, where that was measured apart.
-        """
+    def of(self, gradients: Sequence[Tensor | None], when: str) -> Shared:
+        """Return what is known of the ranks at a check of these gradients."""
         if len(self._shares) != len(gradients):
             return Shared((), None, when)
         if (dtensor := class_of(DTENSOR)) is not None:
             for index, gradient in enumerate(gradients):
                 if type(gradient) is dtensor:
                     self._shares[index] = self._shares[index].seen_in(gradient)
-        return Shared(self._shares, own if self._attributes else None, when)
+        return Shared(tuple(self._shares), self._take_own(gradients), when)
+
+    def _take_own(self, gradients: Sequence[Tensor | None]) -> Own | None:
+        """Return what was measured of this rank's own gradients since the last check; None where some was not."""
+        if not self._attributes:
+            return None
+        own = {}
+        for index, (tag, gradient) in enumerate(zip(self._watched.tags, gradients, strict=True)):
+            if tag.own and gradient is not None:
+                own[index], tag.own = tag.own, []
+        whole = [index for index, share in enumerate(self._shares) if share.local is Local.UNSHARDED]
+        return own if not whole or any(index in own for index in whole) else None
 
     @property
     def _attributes(self) -> bool:
-        return self._attribution and not any(share is WHOLE or share.local is Local.UNSEEN for share in self._shares)
+        alone = all(share.scope == "whole" for share in self._shares)
+        return self._attribution and not alone and all(share.local is not Local.UNSEEN for share in self._shares)
 
-    def _list(self) -> None:
+    def _list(self) -> Wrappers:
         self._watched.wrapped = False
         parameters = self._watched.parameters()
         self._names = self._watched.names
-        self._shares = list_shares(self._names, parameters, self._replicas)
+        self._ids = list(map(id, parameters))
+        wrappers = Wrappers.around(parameters)
+        self._shares = list_shares(self._names, parameters, wrappers, self._replicas)
+        attributes = self._attributes
         for tag, share in zip(self._watched.tags, self._shares, strict=True):
             tag.reduced = share.local is Local.ARRIVING
-            if tag.reduced:
-                tag.early = self._attributes
+            tag.own = [] if attributes and share.local in (Local.ARRIVING, Local.UNSHARDED) else None
+        return wrappers
 
 
 class Shared(NamedTuple):
@@ -85,7 +105,7 @@ class Shared(NamedTuple):
     """
 
     shares: Sequence[Share]
-    own: Early | None
+    own: Own | None
     when: str
 
     def counts(self, found: Scan) -> dict[str, Any]:
@@ -105,8 +125,8 @@ class Shared(NamedTuple):
         """
         if self.own is None:
             return None
-        apart = {index: _result(each) for index, each in self.own.items()}
-        bad = {index: each.bad[0] for index, each in apart.items() if each.bad and index not in handled}
+        worst = {index: _worst(scans) for index, scans in self.own.items() if index not in handled}
+        bad = {index: counts for index, counts in worst.items() if any(counts)}
         same = (index for index in found.bad if self.shares[index].local is Local.SAME)
         return dict(sorted((bad | {index: found.bad[index] for index in same}).items()))
 
@@ -121,5 +141,7 @@ class Shared(NamedTuple):
 _WHOLE = {when: GradScope("whole", True, when) for when in ("backward", "update", "step")}
 
 
-def _result(found: Scan | PendingScan) -> Scan:
-    return found if isinstance(found, Scan) else found.result()
+def _worst(scans: Sequence[Scan | PendingScan]) -> tuple[int, int]:
+    """Return the most Inf and NaN elements that one of these scans of one gradient found."""
+    bad = [(each if isinstance(each, Scan) else each.result()).bad.get(0, (0, 0)) for each in scans]
+    return max(inf for inf, _ in bad), max(nan for _, nan in bad)

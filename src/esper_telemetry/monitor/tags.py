@@ -11,6 +11,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from esper_telemetry.scan import PendingScan, Scan
+
 Arrive = Callable[["Tag", Tensor], None]
 
 
@@ -24,9 +26,11 @@ class Tag:
     thread: the thread in which its last backward pass ended; None before the first.
     early: whether its gradient is to be measured as it arrives, because it may be gone when the pass ends.
     reduced: whether what arrives is this rank's own, and becomes that of all ranks before the pass ends.
+    own: what was measured of this rank's own gradient since the last check, where it is reduced; None where nobody
+        wants to know.
     """
 
-    __slots__ = ("early", "hooks", "index", "reduced", "thread")
+    __slots__ = ("early", "hooks", "index", "own", "reduced", "thread")
 
     def __init__(self, hooks: dict[int, Any]) -> None:
         self.hooks = hooks
@@ -34,6 +38,7 @@ class Tag:
         self.thread: int | None = None
         self.early = True
         self.reduced = False
+        self.own: list[Scan | PendingScan] | None = None
 
     @property
     def has_company(self) -> bool:

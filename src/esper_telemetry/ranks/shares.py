@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from esper_telemetry.ranks.wrappers import DDP, DTENSOR, STAGE, find_alive, is_one
+from esper_telemetry.ranks.wrappers import DTENSOR, Wrappers, is_one, parameters_in
 
 Replicas = Any
 """A process group, or a function that returns one, or None, for a layer's name and its parameter."""
@@ -49,9 +49,11 @@ class Share(NamedTuple):
 WHOLE = Share("whole", True)
 
 
-def list_shares(names: Sequence[str], parameters: Sequence[Tensor], replicas: Replicas) -> list[Share]:
+def list_shares(
+    names: Sequence[str], parameters: Sequence[Tensor], wrappers: Wrappers, replicas: Replicas
+) -> list[Share]:
     """Return what this rank has of each parameter's gradient."""
-    around = _Around(parameters, _as_function(replicas))
+    around = _Around(wrappers, _as_function(replicas))
     return list(map(around.share, names, parameters))
 
 
@@ -70,49 +72,54 @@ def _owns(gradient: Any) -> bool | None:
 
 
 class _Around:
-    """Know what is around the parameters of a model."""
+    """Know what is around each parameter of a model."""
 
-    def __init__(self, parameters: Sequence[Tensor], replicas: Callable[[str, Tensor], Any]) -> None:
-        own = set(map(id, parameters))
-        wrappers = find_alive(DDP, STAGE)
+    def __init__(self, wrappers: Wrappers, replicas: Callable[[str, Tensor], Any]) -> None:
         self._replicas = replicas
         self._alone = dist.get_world_size() == 1
-        self._groups: dict[int, Any] = {}
-        self._apart: set[int] = set()
-        for each in wrappers:
-            if is_one(each, DDP):
-                self._take_in_ddp(each, own)
-        for each in wrappers:
-            if is_one(each, STAGE):
-                self._take_in_stage(each, own)
+        self._shares: dict[int, Share] = {}
+        for stage in wrappers.stages:
+            if stage.group_size == dist.get_world_size():  # no rank is left that could hold the same stage
+                self._shares |= dict.fromkeys(map(id, parameters_in(stage)), Share("shard", True))
+        for ddp in wrappers.ddp:
+            self._take_in_ddp(ddp)
+        for fsdp in sorted(wrappers.fsdp1, key=lambda each: -len(parameters_in(each))):  # inner ones later
+            self._shares |= dict.fromkeys(map(id, parameters_in(fsdp)), _of_fsdp1(fsdp))
+        whole = Share("shard", True, Local.UNSHARDED)
+        self._shares |= {
+            id(each): whole for fsdp in wrappers.fsdp2 for each in parameters_in(fsdp) if _is_dtensor(each)
+        }
 
     def share(self, name: str, parameter: Any) -> Share:
         """Return what this rank has of one parameter's gradient."""
-        group = self._groups.get(id(parameter))
-        first = group is None or dist.get_rank(group) == 0
-        local = Local.SAME if group is None else Local.ARRIVING
-        if is_one(parameter, DTENSOR):
-            return Share("shard", None, local, first).seen_in(parameter if parameter.grad is None else parameter.grad)
-        if group is not None:
-            return Share("replica", first, local)
-        if (given := self._replicas(name, parameter)) is not None:
+        known = self._shares.get(id(parameter))
+        if _is_dtensor(parameter):
+            known = known or Share("shard", True)
+            return known.seen_in(parameter if parameter.grad is None else parameter.grad)
+        if known is None and (given := self._replicas(name, parameter)) is not None:
             return Share("replica", dist.get_rank(given) == 0)
-        if id(parameter) in self._apart:
-            return Share("shard", True)
-        return WHOLE if self._alone else Share("local", None)
+        return known or (WHOLE if self._alone else Share("local", None))
 
-    def _take_in_ddp(self, ddp: Any, own: set[int]) -> None:
+    def _take_in_ddp(self, ddp: Any) -> None:
+        first = dist.get_rank(ddp.process_group) == 0
         for name, parameter in ddp.module.named_parameters():
-            if id(parameter) not in own:
-                continue
             if name in ddp.parameters_to_ignore:
-                self._apart.add(id(parameter))
+                self._shares.setdefault(id(parameter), Share("shard", True))
             else:
-                self._groups[id(parameter)] = ddp.process_group
+                scope = "shard" if _is_dtensor(parameter) else "replica"
+                self._shares[id(parameter)] = Share(scope, first, Local.ARRIVING, first)
 
-    def _take_in_stage(self, stage: Any, own: set[int]) -> None:
-        if stage.group_size == dist.get_world_size():  # no rank is left that could hold the same stage
-            self._apart.update(own.intersection(map(id, stage.submod.parameters())))
+
+def _of_fsdp1(fsdp: Any) -> Share:
+    strategy = fsdp.sharding_strategy.name
+    if strategy == "NO_SHARD":
+        return Share("replica", dist.get_rank(fsdp.process_group) == 0, Local.UNSEEN)
+    hybrid = "HYBRID" in strategy
+    return Share("shard", not hybrid or dist.get_rank(fsdp._inter_node_pg) == 0, Local.UNSEEN)
+
+
+def _is_dtensor(parameter: Any) -> bool:
+    return is_one(parameter, DTENSOR)
 
 
 def check_replicas(replicas: Replicas) -> Replicas:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 DDP = ("torch.nn.parallel.distributed", "DistributedDataParallel")
 FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
@@ -34,7 +37,30 @@ def is_one(each: object, named: Named) -> bool:
     return cls is not None and issubclass(type(each), cls)  # isinstance() would ask a proxy what it stands for
 
 
-def find_alive(*named: Named) -> list[Any]:
-    """Return every object of these classes in this process; it takes some 50 ms for a million objects."""
-    classes = tuple(cls for each in named if (cls := class_of(each)) is not None)
-    return [each for each in gc.get_objects() if issubclass(type(each), classes)] if classes else []
+class Wrappers(NamedTuple):
+    """Hold what is around the parameters of a model, or some of them."""
+
+    ddp: Sequence[Any]
+    fsdp1: Sequence[Any]
+    fsdp2: Sequence[Any]
+    stages: Sequence[Any]
+
+    @classmethod
+    def around(cls, parameters: Sequence[Tensor]) -> Wrappers:
+        """Find them among all objects of this process, which takes some 50 ms for a million."""
+        own = set(map(id, parameters))
+        kinds: dict[type, list[Any]] = {each: [] for named in _KINDS if (each := class_of(named)) is not None}
+        classes = tuple(kinds)
+        for each in gc.get_objects():
+            if issubclass(type(each), classes) and not own.isdisjoint(map(id, parameters_in(each))):
+                next(found for kind, found in kinds.items() if issubclass(type(each), kind)).append(each)
+        return cls(*(kinds.get(class_of(named), ()) for named in _KINDS))  # type: ignore[arg-type]
+
+
+_KINDS = (DDP, FSDP1, FSDP2, STAGE)  # as the fields above
+
+
+def parameters_in(wrapper: Any) -> list[Tensor]:
+    """Return the parameters of what is wrapped; none where it is not complete."""
+    module = getattr(wrapper, "submod", wrapper)
+    return list(module.parameters()) if hasattr(module, "_modules") else []
