@@ -13,6 +13,7 @@ import pytest
 from esper_telemetry import start_exporter
 from tests.snapshots import Source, fresh
 
+ROOT = Path(__file__).parent.parent
 ESPER = Path(sys.executable).with_name("esper")
 
 
@@ -21,7 +22,7 @@ def esper(*arguments, **environment):
         [ESPER, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         env=os.environ | environment,
     )
@@ -96,12 +97,16 @@ echo "${COMPREPLY[*]}"
         ("ppo --episo", "--episodes"),
         ("ppo --on-critical ", "continue skip halt"),
         ("ppo --textfile-dir /us", "/usr"),
-        ("report /etc/hostn", "/etc/hostname"),
+        ("report pyproj", "pyproject.toml"),
     ],
 )
 def test_a_shell_completes_it(typed, completed):
     run = subprocess.run(
-        ["bash", "-c", COMPLETE, ESPER, "esper", *typed.split(" ")], capture_output=True, text=True, check=True
+        ["bash", "-c", COMPLETE, ESPER, "esper", *typed.split(" ")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout.strip() == completed
 
