@@ -82,10 +82,10 @@ class Exporter:
         limit = math.inf if seconds is None else seconds
         began = time.monotonic()
         said = False
-        while (left := began + min(self._worth_waiting(), limit) - time.monotonic()) > 0:
+        while (left := began + (most := min(self._worth_waiting(), limit)) - time.monotonic()) > 0:
             if not said:
                 said = True
-                self._say_what_for(left)
+                self._say_what_for(most)
             self._scrapers.visited.wait(min(left, 1.0))
             self._scrapers.visited.clear()
         return self._is_delivered()
