@@ -177,3 +177,32 @@ def test_watch_sees_through_a_prepared_optimizer():
     prepared.step()
     assert monitor.snapshot.skipped_updates["intervention"] == 1
     assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(False, {6: False, 7: False}), (True, {2: True, 3: True})])
+def test_the_last_good_checkpoint_is_not_rotated_away(tmp_path, caplog, keep, left):
+    from accelerate.utils import ProjectConfiguration
+    from safetensors.torch import load_file
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    project = ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, total_limit=2)
+    accelerator = Accelerator(cpu=True, project_config=project)
+    torch.manual_seed(0)
+    model, optimizer = accelerator.prepare(nn.Linear(4, 3), *[torch.optim.Adam([torch.zeros(1, requires_grad=True)])])
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with EsperWatch(accelerator, model, optimizer, keep_last_good=keep) as watched:
+        for step in range(8):
+            batch = torch.full((2, 4), math.nan if step == 4 else 1.0)
+            optimizer.zero_grad()
+            accelerator.backward(model(batch).square().mean())
+            optimizer.step()
+            accelerator.save_state()
+        assert watched.monitor.snapshot.damage == "parameters"
+    folders = {int(path.name.rpartition("_")[2]): path for path in (tmp_path / "checkpoints").iterdir()}
+    finite = {
+        number: all(each.isfinite().all() for each in load_file(path / "model.safetensors").values())
+        for number, path in folders.items()
+    }
+    assert finite == left
+    assert "save_state" not in vars(accelerator)
+    assert ("so that the last good one stays: parameters damaged" in caplog.text) == keep

@@ -8,6 +8,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -315,3 +316,39 @@ def test_pytorch_lightning_takes_the_same_callback():
     pytorch_lightning.Trainer(max_epochs=1, callbacks=[callback], **OPTIONS).fit(Other(), loader())
     assert [snapshot.inf_grad_count for snapshot in seen[:7]] == [0] * 6 + [1]
     assert callback.monitor.snapshot.ended
+
+
+def checkpoints(folder):
+    """Return which checkpoints are there, and whether all of their weights are finite."""
+    loaded = {path.name: torch.load(path, weights_only=False) for path in folder.glob("*.ckpt")}
+    return {
+        name: all(tensor.isfinite().all() for tensor in each["state_dict"].values()) for name, each in loaded.items()
+    }
+
+
+@pytest.mark.parametrize(("keep", "left"), [(False, {"step=10.ckpt": False}), (True, {"step=4.ckpt": True})])
+def test_the_last_good_checkpoint_is_not_rotated_away(tmp_path, caplog, keep, left):
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+    callback = EsperCallback(keep_last_good=keep)
+    model = Model(bad_at=5, value=math.nan, elements=8)
+    fit(model, [saving, callback], enable_checkpointing=True)
+    assert callback.monitor.snapshot.damage == "parameters"
+    assert checkpoints(tmp_path) == {"step=10.ckpt": False} | left
+    assert (caplog.text.count("step=4.ckpt is not removed yet") == 1) == keep
+
+
+def test_the_last_good_checkpoint_is_not_written_over(tmp_path, caplog):
+    saving = ModelCheckpoint(tmp_path, "only", every_n_train_steps=1, enable_version_counter=False, save_top_k=1)
+    fit(
+        Model(bad_at=5, value=math.nan, elements=8),
+        [saving, EsperCallback(keep_last_good=True)],
+        enable_checkpointing=True,
+    )
+    assert checkpoints(tmp_path) == {"only.ckpt": True}
+    assert "only.ckpt is not written over, as it is the last good one: parameters damaged" in caplog.text
+
+
+def test_a_good_checkpoint_that_nobody_wants_any_more_is_removed_when_there_is_a_newer_one(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+    fit(Model(), [saving, EsperCallback(keep_last_good=True)], enable_checkpointing=True)
+    assert checkpoints(tmp_path) == {"step=10.ckpt": True}

@@ -61,17 +61,17 @@ class Model(nn.Module):
 @pytest.fixture
 def arguments(tmp_path):
     def build(**options):
-        return TrainingArguments(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=4,
-            num_train_epochs=1,
-            max_grad_norm=0.01,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            **options,
-        )
+        defaults = {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "max_grad_norm": 0.01,
+            "report_to": [],
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return TrainingArguments(**defaults | options)
 
     return build
 
@@ -244,3 +244,28 @@ class TestRunAfterRun:
             assert address in caplog.text
             with pytest.raises(OSError, match=address):
                 train(Model(), [EsperCallback(address=address, strict=True)], arguments())
+
+
+def finite(path):
+    from safetensors.torch import load_file
+
+    return all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(("keep", "left"), [(False, {9: False, 10: False}), (True, {3: True, 4: True})])
+def test_the_last_good_checkpoint_is_not_rotated_away(arguments, tmp_path, caplog, keep, left):
+    callback = EsperCallback(keep_last_good=keep)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_grad_norm": 0.0}
+    trainer = Trainer(Model(bad_at=5, value=math.nan, elements=8), arguments(**options), train_dataset=Rows())
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.monitor.snapshot.damage == "parameters"
+    folders = {int(path.name.partition("-")[2]): path for path in tmp_path.glob("checkpoint-*")}
+    assert {step: finite(path) for step, path in folders.items()} == left
+    assert ("no checkpoint is saved, so that the last good one stays: parameters damaged" in caplog.text) == keep
+
+
+def test_all_checkpoints_of_a_healthy_run_are_saved(arguments, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    Trainer(Model(), arguments(**options), train_dataset=Rows(), callbacks=[EsperCallback(keep_last_good=True)]).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]

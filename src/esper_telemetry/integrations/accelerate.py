@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import Runs
+from esper_telemetry.integrations.safe import may_save
 from esper_telemetry.monitor import GradientMonitor, watch
 from esper_telemetry.scan.layers import Model, named_roots
 
@@ -31,6 +32,8 @@ class EsperWatch:
     address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
         one, which is logged.
     strict: raise OSError instead.
+    keep_last_good: let `accelerator.save_state()` save nothing, and return None, from a bad check until the model was
+        seen intact, so that `total_limit` does not rotate the last good checkpoint away.
     options: of `watch()`.
     """
 
@@ -45,6 +48,7 @@ class EsperWatch:
         *,
         address: str | int | None = None,
         strict: bool = False,
+        keep_last_good: bool = False,
         **options: Any,
     ) -> None:
         runs = Runs(address, strict)
@@ -60,6 +64,7 @@ class EsperWatch:
         )
         self.exporter = runs.exporter
         self._step = 0
+        self._stop_holding_back = _hold_back(accelerator, self.monitor) if keep_last_good else None
         self._hooks = [
             getattr(each, "optimizer", each).register_step_post_hook(self._report) for each in optimizers[:1]
         ]
@@ -76,8 +81,26 @@ class EsperWatch:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._stop_holding_back is not None:
+            self._stop_holding_back()
+            self._stop_holding_back = None
         self.monitor.__exit__(kind, error, trace)  # after an error the run did not end well
 
     def _report(self, optimizer: Optimizer, *_: object) -> None:
         self._step += 1
         self.monitor.record(lr=optimizer.param_groups[0]["lr"], step=self._step)
+
+
+def _hold_back(accelerator: Accelerator, monitor: GradientMonitor) -> Callable[[], None]:
+    """Let an accelerator save only what is worth keeping; return a function that ends that."""
+    save = accelerator.save_state
+
+    def save_state(*args: Any, **options: Any) -> Any:
+        return save(*args, **options) if may_save(monitor) else None
+
+    def stop() -> None:
+        if vars(accelerator).get("save_state") is save_state:
+            del accelerator.save_state
+
+    accelerator.save_state = save_state
+    return stop

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from esper_telemetry.exporters.http import Exporter
+from esper_telemetry.integrations.lightning_checkpoints import KeepingCheckpointIO
 from esper_telemetry.integrations.run import Runs, stopping
 from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, Policy
@@ -34,6 +35,9 @@ class EsperCallback(Callback):
     strict: raise OSError instead.
     log: give the Trainer's loggers the worst counts since they were given some, and the norm, every
         `log_every_n_steps`: esper/inf_grad_count, esper/nan_grad_count, esper/grad_norm.
+    keep_last_good: keep the last checkpoint that was saved while the model was known to be intact, when a
+        ModelCheckpoint wants to remove it or to write a damaged one over it, until there is a newer one of that kind.
+        It is for strategies that save one file, and not for shards.
     on_critical: as in `GradientMonitor`; "halt" drops the step and sets `trainer.should_stop`.
     options: of `GradientMonitor`.
     """
@@ -44,6 +48,7 @@ class EsperCallback(Callback):
         address: str | int | None = None,
         strict: bool = False,
         log: bool = False,
+        keep_last_good: bool = False,
         on_critical: Policy = "continue",
         **options: Any,
     ) -> None:
@@ -51,6 +56,7 @@ class EsperCallback(Callback):
         self.exporter: Exporter | None = None
         self._runs = Runs(address, strict)
         self._log = log
+        self._keep_last_good = keep_last_good
         self._on_critical = on_critical
         self._options = options
         self._to_log: WorstCheck | None = None
@@ -72,6 +78,8 @@ class EsperCallback(Callback):
             ),
         )
         self.exporter = self._runs.exporter
+        if self._keep_last_good:
+            trainer.strategy.checkpoint_io = KeepingCheckpointIO(trainer.strategy.checkpoint_io, self.monitor)
         self._to_log = WorstCheck(self.monitor) if self._log else None
         if self._log and not trainer.loggers:
             logger.warning("esper: nothing is logged: log=True expects a Trainer that has a logger")

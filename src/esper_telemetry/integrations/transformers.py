@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import Runs, stopping
+from esper_telemetry.integrations.safe import may_save
 from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, Policy, watch
 
@@ -29,6 +30,8 @@ class EsperCallback(TrainerCallback):
     log: add to what the Trainer logs the worst counts since it logged last, and the norm: esper/inf_grad_count,
         esper/nan_grad_count, esper/grad_norm. They are in `state.log_history`, and in what callbacks after this one
         are given; those of `report_to` come before it.
+    keep_last_good: save no checkpoint from a bad check until the model was seen intact, so that `save_total_limit` does
+        not rotate the last good one away. `save_strategy="best"` decides later, and is not held back.
     on_critical: as in `watch()`; "halt" drops the step and sets `control.should_training_stop`.
     options: of `watch()`.
     """
@@ -39,6 +42,7 @@ class EsperCallback(TrainerCallback):
         address: str | int | None = None,
         strict: bool = False,
         log: bool = False,
+        keep_last_good: bool = False,
         on_critical: Policy = "continue",
         **options: Any,
     ) -> None:
@@ -46,6 +50,7 @@ class EsperCallback(TrainerCallback):
         self.exporter: Exporter | None = None
         self._runs = Runs(address, strict)
         self._log = log
+        self._keep_last_good = keep_last_good
         self._on_critical = on_critical
         self._options = options
         self._halted = False
@@ -89,7 +94,16 @@ class EsperCallback(TrainerCallback):
             samples = (state.global_step - self._steps) * args.gradient_accumulation_steps * batch_size
             self._steps = state.global_step
             self.monitor.record(step=state.global_step, samples=samples)
+        self.on_epoch_end(args, state, control)
         return self.on_substep_end(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> TrainerControl:
+        """Hold a checkpoint back that is not worth keeping."""
+        if self._keep_last_good and control.should_save:
+            control.should_save = may_save(self.monitor)
+        return control
 
     def on_log(
         self,

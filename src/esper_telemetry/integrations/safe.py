@@ -1,0 +1,27 @@
+"""Whether a checkpoint is worth keeping, as all processes of a run see it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+
+from esper_telemetry.monitor import GradientMonitor
+
+logger = logging.getLogger("esper_telemetry")
+
+
+def may_save(monitor: GradientMonitor | None) -> bool:
+    """Tell whether to save now, the same in every process; all of them have to ask, as all of them save.
+
+    Where it is no, one line in the log says why.
+    """
+    safe = None if monitor is None else monitor.safe_to_save()
+    reasons = [None if safe is None or safe else safe.why]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, None if safe is None or safe else safe.why)
+    why = next((each for each in reasons if each is not None), None)
+    if why is not None:
+        logger.warning("esper: no checkpoint is saved, so that the last good one stays: %s", why)
+    return why is None
