@@ -13,7 +13,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadgroup
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
 
-test: $(INSTALLED)  ## Run every test; servers that are missing are fetched first
+test: $(INSTALLED)  ## Run every test; servers and the browser are fetched first where they are missing
 	$(BIN)/python -m deploy.stack.servers
 	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end --ignore tests/ranks
 	$(PYTEST) --numprocesses 3 tests/end_to_end tests/ranks  # they wait
@@ -52,7 +52,7 @@ bench-gpu:  ## Measure the cost on an NVIDIA GPU, with the torch and Triton of $
 bench-serving: $(INSTALLED)  ## Attack an exporter, and measure what its training thread feels; about 10 minutes
 	$(BIN)/python -m benchmarks.serving --output benchmarks/SERVING.md
 
-screenshots: $(INSTALLED)  ## Take the pictures of the exporter's page from real runs; needs Chromium, and about a minute
+screenshots: $(INSTALLED)  ## Take the pictures of the exporter's page from real runs; about a minute
 	$(BIN)/python -m tests.screenshots
 
 clean:  ## Remove what the other targets made

@@ -12,7 +12,7 @@ def kustomize(folder):
     """Return the manifests of a kustomization; skip where kubectl cannot be had."""
     try:
         kubectl = servers.find("kubectl")
-    except servers.ServerNotFound as error:
+    except servers.ProgramNotFound as error:
         pytest.skip(str(error))
     done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from urllib.parse import quote_plus
 import pytest
 import yaml
 
-from deploy.stack.servers import ServerNotFound, find
+from deploy.stack.servers import ProgramNotFound, find
 from esper_telemetry.health import CRITICAL_ABOVE, WARNING_ABOVE
 from esper_telemetry.metrics import KINDS, METRICS
 
@@ -76,7 +76,7 @@ def test_rules_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 def vmalert() -> Path:
     try:
         return find("vmalert")
-    except ServerNotFound as error:
+    except ProgramNotFound as error:
         pytest.skip(str(error))
 
 

@@ -386,11 +386,3 @@ def test_the_policy_lets_nothing_in_but_the_page_itself(exporter, page):
         "trusted-types": "'none'",
     }
     assert "unsafe" not in str(policy)
-
-
-def test_without_a_browser_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(
-        browser.BrowserNotFound, match=r"^no browser on PATH: install one with `apt-get install chromium`.*$"
-    ):
-        browser.find()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploy.stack import servers
-from deploy.stack.servers import PROGRAMS, Server, ServerFailed, ServerNotFound, find
+from deploy.stack.servers import PROGRAMS, ProgramNotFound, Server, ServerFailed, find
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,9 +27,11 @@ esac
 """
 DPKG = """#!/bin/sh
 mkdir -p "$3/usr/bin"
-for name in prometheus ${PROMTOOL-promtool} prometheus-alertmanager amtool prometheus-node-exporter vmalert kubectl; do
+others="prometheus-node-exporter vmalert kubectl chromium-headless-shell"
+for name in prometheus ${PROMTOOL-promtool} prometheus-alertmanager amtool $others; do
     printf '#!/bin/sh\\n' > "$3/usr/bin/$name"; chmod +x "$3/usr/bin/$name"
 done
+mkdir -p "$3/usr/lib/machine"; touch "$3/usr/lib/machine/libx.so.1"
 """
 
 
@@ -65,7 +67,7 @@ def debian(bare: Path) -> Path:
 def test_every_program_is_there_and_runs(name: str) -> None:
     try:
         program = find(name)
-    except ServerNotFound as error:
+    except ProgramNotFound as error:
         if not PROGRAMS[name].optional:
             raise
         pytest.skip(str(error))
@@ -83,14 +85,14 @@ def test_a_program_on_path_is_used(bare: Path, name: str, on_path: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_missing_program_is_one_line_that_says_what_to_install(bare: Path, name: str) -> None:
-    with pytest.raises(ServerNotFound, match=rf"\A{name}: not on PATH; install it from https://\S+ and try again\Z"):
+    with pytest.raises(ProgramNotFound, match=rf"\A{name}: not on PATH; install it from https://\S+ and try again\Z"):
         find(name)
 
 
 def test_a_failed_download_is_one_line_with_the_reason(debian: Path, bare: Path) -> None:
     executable(bare / "apt-get", "#!/bin/sh\necho 'E: no route to host' >&2\nexit 100\n")
     with pytest.raises(
-        ServerNotFound, match=r"\Aprometheus: not on PATH, and apt-get failed \(E: no route to host\).*\Z"
+        ProgramNotFound, match=r"\Aprometheus: not on PATH, and apt-get failed \(E: no route to host\).*\Z"
     ):
         find("prometheus")
 
@@ -107,15 +109,28 @@ def test_a_program_of_a_later_release_is_fetched_from_there_at_once(debian: Path
     assert "Dir::Etc::SourceParts=/dev/null" in update
 
 
+def test_a_browser_is_fetched_with_what_it_needs_and_finds_it_beside_it(debian: Path) -> None:
+    chromium = find("chromium")
+    [install] = [call for call in debian.read_text().splitlines() if "install" in call and "Lists" in call]
+    assert {"--download-only", "chromium-headless-shell", "chromium-common"} <= set(install.split())
+    root = chromium.parents[2]
+    library = root / "usr" / "lib" / "machine" / "libx.so.1"
+    assert str(library.parent.relative_to(root)) in chromium.read_text()
+    program = executable(root / "usr/lib/chromium/chromium-headless-shell", '#!/bin/sh\necho "$LD_LIBRARY_PATH" "$@"\n')
+    said = subprocess.run([chromium, "--version"], check=True, capture_output=True, text=True).stdout
+    assert Path(said.split()[0]).resolve() == library.parent
+    assert (said.split()[1:], program.name) == (["--version"], chromium.name)
+
+
 def test_what_is_optional_and_cannot_be_had_is_one_line_and_no_failure(
     debian: Path, bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     executable(bare / "apt-get", APT_GET.replace("*update*) exit 0", "*SourceParts*) exit 100"))
-    for name in ("prometheus", "promtool", "alertmanager", "amtool", "node_exporter"):
+    for name in ("prometheus", "promtool", "alertmanager", "amtool", "node_exporter", "chromium"):
         executable(bare / name)
     assert servers.main() == 0
     out, error = capsys.readouterr()
-    assert out.count("\n") == 5
+    assert out.count("\n") == 6
     failed = "{0}: not on PATH, and apt-get failed (no output); install {0}\n"
     assert error == failed.format("vmalert") + failed.format("kubectl")
 
@@ -131,7 +146,7 @@ def test_a_program_that_moved_to_a_package_of_its_own_is_fetched_from_there(
 
 def test_a_program_in_none_of_its_packages_is_said(debian: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMTOOL", "")
-    with pytest.raises(ServerNotFound, match=r"\Apromtool: not in Debian's prometheus and promtool; install .*\Z"):
+    with pytest.raises(ProgramNotFound, match=r"\Apromtool: not in Debian's prometheus and promtool; install .*\Z"):
         find("promtool")
 
 
@@ -156,7 +171,7 @@ def test_two_processes_at_once_fetch_once(debian: Path) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0] == outputs[1]
-    assert debian.read_text().count("update") == 5, "one download for each of the five packages"
+    assert debian.read_text().count("update") == 6, "one download for each of the six packages"
 
 
 def test_the_command_prints_one_line_for_what_is_missing(bare: Path) -> None:

@@ -135,7 +135,7 @@ def main() -> int:
         try:
             with Stack(Path(folder)) as stack, stack.trainer(FAULT) as trainer:
                 return _show(stack, trainer, console, hold=console.is_terminal and not options.once)
-        except (servers.ServerNotFound, servers.ServerFailed) as error:
+        except (servers.ProgramNotFound, servers.ServerFailed) as error:
             print(error, file=sys.stderr)
             return 1
         except KeyboardInterrupt:

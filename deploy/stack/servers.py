@@ -1,4 +1,4 @@
-"""Find or fetch the real servers, and run them on loopback ports.
+"""Find or fetch the real servers and a browser, and run servers on loopback ports.
 
 `python -m deploy.stack.servers` fetches what is missing and prints where each is.
 """
@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,17 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from deploy.stack.packages import ProgramNotFound, unpack
+
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
-FETCH_SECONDS = 600.0
 _HOST = "127.0.0.1"
-_DEBIAN_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
-_TEMPLATES = b"/usr/share/prometheus/alertmanager"
 _PORTS = range(20000, 32768)  # below the ephemeral ports, which any outgoing connection may take meanwhile
-
-
-class ServerNotFound(RuntimeError):
-    """Say in one line which program is missing and what to install."""
 
 
 class ServerFailed(RuntimeError):
@@ -45,6 +39,7 @@ class _Program(NamedTuple):
     home: str = "https://prometheus.io/download/"
     release: str | None = None  # of Debian, where the machine's own may have one that is too old
     optional: bool = False
+    beside: tuple[str, ...] = ()  # packages that it runs with, from the machine's own release
 
 
 PROGRAMS = {
@@ -57,11 +52,17 @@ PROGRAMS = {
         ("victoria-metrics",), ("vmalert",), "https://docs.victoriametrics.com/vmalert/", "trixie", optional=True
     ),
     "kubectl": _Program(("kubectl",), ("kubectl",), "https://kubernetes.io/docs/tasks/tools/", "trixie", optional=True),
+    "chromium": _Program(
+        ("chromium-headless-shell",),
+        ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"),
+        "https://www.chromium.org/getting-involved/download-chromium/",
+        beside=("chromium-common", "fontconfig-config", "fonts-dejavu-core"),
+    ),
 }
 
 
 def find(name: str) -> Path:
-    """Return the program's path: from PATH, or Debian's package unpacked in the cache. Raises `ServerNotFound`."""
+    """Return the program's path: from PATH, or Debian's package unpacked in the cache. Raises `ProgramNotFound`."""
     program = PROGRAMS[name]
     for candidate in program.names:
         if found := shutil.which(candidate):
@@ -83,16 +84,16 @@ def _unpacked(program: _Program) -> Path | None:
 
 def _fetch(name: str, program: _Program) -> Path:
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise ServerNotFound(f"{name}: not on PATH; install it from {program.home} and try again")
+        raise ProgramNotFound(f"{name}: not on PATH; install it from {program.home} and try again")
     with _lock(cache_folder()):
         for package in program.packages:
             if found := _unpacked(program):  # another process was faster, or an earlier package held it
                 return found
             if not (cache_folder() / package / "usr" / "bin").exists():
-                _install(name, package, cache_folder() / package, program.release)
+                unpack(name, package, cache_folder() / package, program.release, program.beside)
     if found := _unpacked(program):
         return found
-    raise ServerNotFound(f"{name}: not in Debian's {' and '.join(program.packages)}; install it and put it on PATH")
+    raise ProgramNotFound(f"{name}: not in Debian's {' and '.join(program.packages)}; install it and put it on PATH")
 
 
 @contextmanager
@@ -101,68 +102,6 @@ def _lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _install(name: str, package: str, folder: Path, release: str | None) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        archive = _download(name, package, Path(scratch), release)
-        _run(name, "dpkg", "-x", str(archive), f"{scratch}/root", folder=Path(scratch))
-        _relocate_alertmanager(Path(scratch, "root"))
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(scratch, "root").rename(folder)
-
-
-def _relocate_alertmanager(root: Path) -> None:
-    """Point Debian's Alertmanager, which has its templates' folder compiled in, to the folder unpacked beside it.
-
-    A path of the same length takes the old one's place: descriptor 9, which the script `alertmanager` opens.
-    """
-    binary = root / "usr" / "bin" / "prometheus-alertmanager"
-    if not binary.exists():
-        return
-    binary.write_bytes(binary.read_bytes().replace(_TEMPLATES, b"/proc/self/fd/9".ljust(len(_TEMPLATES), b"/")))
-    script = binary.with_name("alertmanager")
-    script.write_text(
-        f'#!/bin/sh\nhere=${{0%/*}}\nexec 9<"$here/../..{_TEMPLATES.decode()}" "$here/{binary.name}" "$@"\n'
-    )
-    script.chmod(0o755)
-
-
-def _download(name: str, package: str, scratch: Path, release: str | None) -> Path:
-    """Download with the machine's package lists, or with private ones where it has none, or none of that release."""
-    as_user = ("-q", "-o", "APT::Sandbox::User=root")  # apt's own user cannot write to our folder
-    if release is None:
-        try:
-            _run(name, "apt-get", *as_user, "download", package, folder=scratch)
-            return next(scratch.glob("*.deb"))
-        except ServerNotFound:
-            pass
-    private = (*as_user, *_private_lists(scratch, release))
-    _run(name, "apt-get", *private, "update", folder=scratch)
-    _run(name, "apt-get", *private, "download", package, folder=scratch)
-    return next(scratch.glob("*.deb"))
-
-
-def _private_lists(scratch: Path, release: str | None) -> list[str]:
-    """Return the options with which apt keeps lists of its own, of the machine's sources or of another release."""
-    (scratch / "lists" / "partial").mkdir(parents=True)
-    (scratch / "cache" / "archives" / "partial").mkdir(parents=True)
-    settings = [f"Dir::State::Lists={scratch}/lists", f"Dir::Cache={scratch}/cache"]
-    if release is not None:
-        sources = scratch / "sources.list"
-        sources.write_text(f"deb [signed-by={_DEBIAN_KEYS}] http://deb.debian.org/debian {release} main\n")
-        settings += [f"Dir::Etc::SourceList={sources}", "Dir::Etc::SourceParts=/dev/null"]
-    return [option for setting in settings for option in ("-o", setting)]
-
-
-def _run(name: str, *command: str, folder: Path) -> None:
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise ServerNotFound(f"{name}: {command[0]} took over {FETCH_SECONDS:.0f} s; install {name}") from None
-    if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise ServerNotFound(f"{name}: not on PATH, and {command[0]} failed ({reason}); install {name}")
 
 
 def free_port() -> int:
@@ -304,7 +243,7 @@ def main() -> int:
     for name, program in PROGRAMS.items():
         try:
             print(f"{name:<14} {find(name)}", flush=True)
-        except ServerNotFound as error:
+        except ProgramNotFound as error:
             print(error, file=sys.stderr)
             if not program.optional:
                 return 1

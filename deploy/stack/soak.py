@@ -243,7 +243,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="esper-soak-") as folder, Soak(Path(folder)) as soak:
             return _soak(soak, drawn, options.at_once)
-    except (servers.ServerNotFound, servers.ServerFailed, TimeoutError, subprocess.TimeoutExpired) as error:
+    except (servers.ProgramNotFound, servers.ServerFailed, TimeoutError, subprocess.TimeoutExpired) as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
 
