@@ -158,8 +158,8 @@ def _exit_code(summary: Summary) -> int:
 
 
 def _hold(url: str) -> None:
-    print(f"training is over; {url} stays up until Ctrl-C", flush=True)
     try:
+        print(f"training is over; {url} stays up until Ctrl-C", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print()
