@@ -20,8 +20,8 @@ def check(number, *, nan=0, inf=0, own_nan=None, local=None, layer="net.0", at=0
     return BadCheck(number, inf, nan, inf, own, 0, made, layer, at)
 
 
-def row(rank, *checks, beat=1, ended=False, attributes=True, host=None):
-    return Row(RankPlace(rank, rank % 8, host or f"host{rank // 8}", None), beat, ended, attributes, checks)
+def row(rank, *checks, beat=1, ended=False, attributes=True, host=None, process=4711):
+    return Row(RankPlace(rank, rank % 8, host or f"host{rank // 8}", None), process, beat, ended, attributes, checks)
 
 
 def counts(board, now=0.0):
@@ -141,8 +141,15 @@ def test_who_goes_silent_is_gone_and_who_has_ended_is_not():
 def test_another_process_in_a_rank_s_place_counts_from_1_again():
     board = Board(1, WINDOW)
     board.take(row(0, check(500, nan=1), beat=90), 0.0)
-    board.take(row(0, check(3, nan=9), beat=1), 1.0)
+    board.take(row(0, check(3, nan=9), process=4712), 1.0)
     assert counts(board, 1.0) == (0, 9)
+
+
+def test_a_rank_that_has_lost_its_connection_and_found_it_again_is_counted_once():
+    board = Board(2, WINDOW)
+    board.take(row(1, check(40, nan=4), beat=90), 0.0)
+    board.take(row(1, check(40, nan=4)), 1.0)
+    assert counts(board, 1.0) == (0, 4)
 
 
 def test_a_row_survives_its_way():
@@ -150,7 +157,7 @@ def test_a_row_survives_its_way():
     assert Row.decode(sent.encode()) == sent
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"[1,2,3,4,5]", b"{}"])
+@pytest.mark.parametrize("text", [b"", b"[]", b"[1,2,3,4,5,6]", b"{}"])
 def test_what_is_no_row_says_so(text):
     with pytest.raises((ValueError, TypeError)):
         Row.decode(text)

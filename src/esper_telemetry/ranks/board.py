@@ -59,7 +59,7 @@ class Board:
         """Take in a row that is new, or has changed."""
         rank = row.place.rank
         before = self._rows.get(rank)
-        if before is not None and before.place.host == row.place.host and row.beat < before.beat:
+        if before is not None and (before.place.host, before.process) != (row.place.host, row.process):
             self._counted.pop(rank, None)  # another process in its place begins to count anew
         self._rows[rank], self._heard[rank] = row, now
         for check in row.bad:

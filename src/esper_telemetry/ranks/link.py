@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import sys
 import time
@@ -49,7 +50,8 @@ class Link:
         told = (bad, url, ended, attributes)
         due = time.monotonic() >= self._beat_at + BEAT_SECONDS
         if due or told != self._told:
-            self._write(Row(_at(url, self._place, self._store_place), self._beat + 1, ended, attributes, bad))
+            place = _at(url, self._place, self._store_place)
+            self._write(Row(place, os.getpid(), self._beat + 1, ended, attributes, bad))
             if told != self._told:
                 self._store.add("news", 1)
             self._told = told

@@ -54,11 +54,13 @@ class BadCheck(NamedTuple):
 class Row(NamedTuple):
     """Hold all that a rank tells.
 
+    process: tells processes of the rank apart, whose checks are counted anew.
     beat: grows while its thread lives. ended: whether its monitor was closed.
     attributes: whether it measures what its own backward makes.
     """
 
     place: RankPlace
+    process: int
     beat: int
     ended: bool
     attributes: bool
@@ -71,5 +73,5 @@ class Row(NamedTuple):
     @classmethod
     def decode(cls, text: bytes) -> Row:
         """Read a row. Raise ValueError or TypeError when it is none."""
-        place, beat, ended, attributes, bad = json.loads(text)
-        return cls(RankPlace(*place), beat, ended, attributes, tuple(BadCheck(*check) for check in bad))
+        place, process, beat, ended, attributes, bad = json.loads(text)
+        return cls(RankPlace(*place), process, beat, ended, attributes, tuple(BadCheck(*check) for check in bad))
