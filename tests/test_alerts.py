@@ -22,7 +22,7 @@ FILES = sorted(ALERTS.glob("*.yml"))
 TESTS = sorted((ALERTS / "tests").glob("*.yml"))
 RUNBOOKS = sorted((ALERTS / "runbooks").glob("*.md"))
 ADDRESSES: dict[str, str] = yaml.safe_load((ALERTS.parent / "deploy" / "addresses.yml").read_text())
-RECORDED = "instance_kind:esper_nonfinite_grad:recent_max"
+RECORDED = "run_kind:esper_nonfinite_grad:recent_max"
 SCRAPED_BESIDE = {"up", "node_textfile_mtime_seconds", "node_textfile_scrape_error", "node_time_seconds"}
 IN_CODE = {metric.name for metric in METRICS}
 

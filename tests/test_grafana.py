@@ -159,7 +159,7 @@ def test_variables_choose_data_source_job_instance_and_run() -> None:
 def test_the_tiers_are_those_of_the_code() -> None:
     assert (WARNING, CRITICAL) == (WARNING_ABOVE + 1, CRITICAL_ABOVE + 1)
     tiers = re.findall(r"recent_max\{drill!?=\"\"\} > (\d+)\)", state_rule()["expr"])
-    assert tiers == [str(CRITICAL_ABOVE), str(WARNING_ABOVE), str(WARNING_ABOVE)]
+    assert tiers == [str(above) for above in (*[CRITICAL_ABOVE] * 2, *[WARNING_ABOVE] * 3)], "of a rank and of its run"
 
 
 def test_both_kinds_are_amber_from_the_first_tier_and_red_from_the_second() -> None:
