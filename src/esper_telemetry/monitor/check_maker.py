@@ -93,6 +93,8 @@ class CheckMaker:
                     self._make(gathering, ended, measure, started)
             except Exception:
                 self._latest.fail("a check failed")
+                if ended.when == "step":
+                    self._latest.count_unmonitored_step()
             self._unstepped = None
             self.verdict.set_trap()
             return self.take_news()
@@ -134,7 +136,10 @@ class CheckMaker:
         try:
             if self.amp is not None and self.amp.awaits_skip:
                 self.amp.stepped(optimizer, gathering.watched.names, gathering.watched.parameters())
-            return gathering.follows_passes and self._unchecked.is_so(optimizer, self.made, gathering.watched)
+            unchecked = self._unchecked.is_so(optimizer, self.made, gathering.watched, gathering.follows_passes)
+            if unchecked and not gathering.follows_passes:
+                self._latest.count_unmonitored_step()
+            return unchecked and gathering.follows_passes
         except Exception:
             self._latest.fail("an optimizer's step could not be followed")
             return False
@@ -165,7 +170,7 @@ class CheckMaker:
         aids, number = self._aids, self._latest.snapshot.checks + len(self._launched) + 1
         seen = self.verdict.before_check()
         parameters, gradients = gathering.gather(ended)
-        coverage = Coverage(gradients, ended, by_hand=not gathering.follows_passes)
+        coverage = Coverage(gradients, ended, by_hand=ended.when != "backward")
         if aids.before_check is not None:
             aids.before_check(number)
             _, gradients = gathering.gather(ended)

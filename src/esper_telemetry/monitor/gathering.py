@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from esper_telemetry.monitor.coverage import look_on_arrival
+from esper_telemetry.monitor.outputs import Outputs
 from esper_telemetry.monitor.passes import Pass, Passes, SinceUpdate
 from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.tags import Tag, retag
@@ -42,6 +43,8 @@ class Gathering:
         self.watched = Watched(model, self._arrive)
         self.sharing = share(self.watched)
         self._unsharded = Unsharded(self._arrive_whole)
+        self._outputs = Outputs(self._reach)
+        self._at_steps = False
         self._look_at_ranks()
 
     @property
@@ -51,12 +54,25 @@ class Gathering:
 
     def follow_passes(self, on_end: Callable[[Pass], object]) -> None:
         """Call `on_end` at the end of each backward pass, from now on."""
-        self._passes = Passes(self._begin, lambda: self.sharing.hops, on_end)
+
+        def end(ended: Pass) -> None:
+            if self._at_steps:  # which was found out as this pass began
+                self._since_update.take_in(ended)
+            else:
+                on_end(ended)
+
+        self._passes = Passes(self._begin, lambda: self.sharing.hops, end)
         self._now = self._passes.now
 
     def take(self) -> Pass:
         """Return what has arrived since the last call, where no passes are followed."""
         return self._since_update.take()
+
+    def take_late(self) -> Pass:
+        """Return what has arrived before a step that no check has preceded."""
+        late = self.take() if self._at_steps else Pass()
+        late.when = "step"
+        return late
 
     @property
     def paused(self) -> bool:
@@ -72,7 +88,7 @@ class Gathering:
         """Take note again, when each `pause()` has ended."""
         self._pauses = max(0, self._pauses - 1)
         if not self._pauses:
-            self._now = self._since_update.now if self._passes is None else self._passes.now
+            self._now = self._since_update.now if self._passes is None or self._at_steps else self._passes.now
 
     def gather(self, ended: Pass) -> tuple[Sequence[Tensor], list[Tensor | None]]:
         """Return the model's parameters, and the gradients that may be measured in this thread.
@@ -86,7 +102,7 @@ class Gathering:
         else:
             me = threading.get_ident()
             self._threads.add(me)
-            for tag in ended.arrived:
+            for tag in ended.arrived if not self._outputs.followed else self.watched.tags:
                 tag.thread = me
             with self._passes.lock:
                 gradients = self._of_thread(me, parameters, self._is_alone(ended))
@@ -97,6 +113,7 @@ class Gathering:
     def close(self) -> None:
         """Leave every parameter as it was before."""
         self._unsharded.close()
+        self._outputs.close()
         self.watched.close()
 
     def _begin(self) -> None:
@@ -109,8 +126,23 @@ class Gathering:
             wrappers = self.sharing.refresh()
             if wrappers is not None:
                 self._unsharded.follow(wrappers.fsdp2, self.sharing.tags())
+                self._outputs.follow(wrappers.fsdp1)
+                if wrappers.stages:
+                    self._check_at_steps()
         except Exception:
             self._fail("how the model is spread over ranks could not be found out")
+
+    def _check_at_steps(self) -> None:
+        """Make one check before each step: a pipeline makes many passes for it, and some of them go by all hooks."""
+        self._at_steps = True
+        if self._passes is not None and not self._pauses:
+            self._now = self._since_update.now
+
+    def _reach(self) -> None:
+        try:
+            self._now()
+        except Exception:
+            self._fail("the beginning of a backward pass was missed")
 
     def _arrive_whole(self, tag: Tag, parameter: Tensor) -> None:
         """Take in what this rank's own backward made, before it is reduced."""

@@ -31,6 +31,11 @@ class Latest:
         with self.lock:
             self.snapshot = self.snapshot.skipping("intervention")
 
+    def count_unmonitored_step(self) -> None:
+        """Count an optimizer step that no check preceded."""
+        with self.lock:
+            self.snapshot = self.snapshot.but(unmonitored_steps=self.snapshot.unmonitored_steps + 1)
+
     def read(self) -> Snapshot:
         """Return it."""
         return self.snapshot

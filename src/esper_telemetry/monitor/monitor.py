@@ -232,4 +232,4 @@ class GradientMonitor(Told, UntilClosed):
         """Check before a step whose gradients arrived where nobody looked: late, but not never."""
         self._verdict.stepped(optimizer)
         if self._checks.is_unchecked(optimizer, self._gathering):
-            self._check(Pass("step"), self._checks.scan)
+            self._check(self._gathering.take_late(), self._checks.scan)

@@ -44,8 +44,11 @@ class UncheckedSteps:
     def __init__(self) -> None:
         self._checks_at: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
-    def is_so(self, optimizer: Optimizer, checks: int, watched: Watched) -> bool:
-        """Tell whether this optimizer is, when so many checks were made; one that is new is if nothing ever arrived."""
+    def is_so(self, optimizer: Optimizer, checks: int, watched: Watched, by_itself: bool = True) -> bool:
+        """Tell whether this optimizer is, when so many checks were made; one that is new is if nothing ever arrived.
+
+        by_itself: whether checks are made by the monitor itself; else a new optimizer is if there was none at all.
+        """
         before = self._checks_at.get(optimizer)
         self._checks_at[optimizer] = checks
         if before is not None and before != checks:
@@ -53,10 +56,11 @@ class UncheckedSteps:
         own = parameter_ids(optimizer)
         layers = zip(watched.parameters(), watched.tags, strict=True)
         with_gradients = [tag for each, tag in layers if id(each) in own and each.grad is not None]
-        missed = any(before is not None or tag.thread is None for tag in with_gradients)
+        unseen = [tag for tag in with_gradients if (tag.thread is None if by_itself else checks == 0)]
+        missed = bool(unseen if before is None else with_gradients)
         for tag in with_gradients:
             tag.thread = tag.thread or threading.get_ident()  # the thread that steps them trains them
-        self._checks_at[optimizer] += missed  # it is checked now
+        self._checks_at[optimizer] += missed and by_itself  # it is checked now
         return missed
 
 

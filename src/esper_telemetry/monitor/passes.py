@@ -73,6 +73,10 @@ class SinceUpdate:
             latest.arrived = {tag: seen for tag, seen in latest.arrived.items() if seen is not None and seen[2]}
         return latest.arrived
 
+    def take_in(self, ended: Pass) -> None:
+        """Add what a pass has brought of which nobody makes a check."""
+        self._latest.before |= dict.fromkeys(ended.arrived)
+
     def take(self) -> Pass:
         """Return it, and begin anew."""
         taken, self._latest = self._latest, Pass("update")

@@ -92,7 +92,7 @@ class Sharing:
         self._shares = list_shares(self._names, parameters, wrappers, self._replicas)
         attributes = self._attributes
         for tag, share in zip(self._watched.tags, self._shares, strict=True):
-            tag.reduced = share.local is Local.ARRIVING
+            tag.reduced = share.local in (Local.ARRIVING, Local.UNSEEN)
             tag.own = [] if attributes and share.local in (Local.ARRIVING, Local.UNSHARDED) else None
         return wrappers
 
