@@ -7,6 +7,7 @@ from esper_telemetry.snapshot.amp_state import AmpState
 from esper_telemetry.snapshot.damage import Damage, GoodCheck
 from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
+from esper_telemetry.snapshot.rank_share import GradScope, LocalCheck
 from esper_telemetry.snapshot.ranks import BadRank, RankPlace, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 from esper_telemetry.snapshot.train_progress import TrainProgress
@@ -52,6 +53,10 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         checks=40,
         inf_grad_count=inf,
         nan_grad_count=nan,
+        owned_inf_count=inf,
+        owned_nan_count=nan,
+        local=LocalCheck(0, 0, RecentWindow(120.0)).after(NOW, layers, 1, "policy.weight"),
+        scope=GradScope("replica", True, "backward"),
         grad_norm=float("inf") if inf else float("nan"),
         elements=80,
         layers=layers,

@@ -125,6 +125,10 @@ def test_every_metric_of_the_exporter_is_shown_but_for_these() -> None:
         "esper_ppo_update_seconds",
         "esper_recent_window_seconds",
         "esper_exporter_scrape_duration_seconds",  # for who looks into a slow scrape
+        "esper_local_inf_grad_recent_max",
+        "esper_local_nan_grad_recent_max",
+        "esper_unmonitored_steps_total",  # has its alert
+        "esper_grad_scope_info",
         "esper_global_inf_grad_recent_max",
         "esper_global_nan_grad_recent_max",
         "esper_bad_ranks",

@@ -35,6 +35,16 @@ INF_GRAD_RECENT_MAX = _gauge(
 NAN_GRAD_RECENT_MAX = _gauge(
     "esper_nan_grad_recent_max", "Largest number of NaN elements in one check of the recent window.", "{element}"
 )
+LOCAL_INF_GRAD_RECENT_MAX = _gauge(
+    "esper_local_inf_grad_recent_max",
+    "Most Inf elements that this rank's own backward made in one check of the recent window; NaN where not measured.",
+    "{element}",
+)
+LOCAL_NAN_GRAD_RECENT_MAX = _gauge(
+    "esper_local_nan_grad_recent_max",
+    "Most NaN elements that this rank's own backward made in one check of the recent window; NaN where not measured.",
+    "{element}",
+)
 UNMEASURED_LAYERS = _gauge(
     "esper_unmeasured_layers",
     "Most layers whose gradient arrived and was not measured, in one check of the recent window.",
@@ -50,6 +60,14 @@ NONFINITE_CHECKS = _counter(
 )
 NONFINITE_GRADS = _counter(
     "esper_nonfinite_grads_total", "Bad elements of that kind, summed over checks.", "{element}", ("kind",)
+)
+UNMONITORED_STEPS = _counter(
+    "esper_unmonitored_steps_total", "Optimizer steps with gradients of the model that no check preceded.", "{step}"
+)
+GRAD_SCOPE = _gauge(
+    "esper_grad_scope_info",
+    "What the last check covered: whole, replica, shard, mixed or local; whether ranks add up; when it was made.",
+    labels=("scope", "exact", "when"),
 )
 LAST_CHECK = _gauge("esper_last_check_timestamp_seconds", "Unix time of the last check; NaN before the first.", "s")
 LAST_NONFINITE = _gauge(

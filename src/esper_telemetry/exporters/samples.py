@@ -56,6 +56,13 @@ def _counts(snapshot: Snapshot, now: float) -> Iterator[Sample]:
     yield Sample(metrics.NAN_GRAD_COUNT, (), snapshot.nan_grad_count)
     yield Sample(metrics.INF_GRAD_RECENT_MAX, (), recent.inf_max)
     yield Sample(metrics.NAN_GRAD_RECENT_MAX, (), recent.nan_max)
+    if snapshot.local is not None:
+        local = snapshot.local.recent.read(now)
+        yield Sample(metrics.LOCAL_INF_GRAD_RECENT_MAX, (), local.inf_max)
+        yield Sample(metrics.LOCAL_NAN_GRAD_RECENT_MAX, (), local.nan_max)
+    elif snapshot.run.world_size > 1:
+        yield Sample(metrics.LOCAL_INF_GRAD_RECENT_MAX, (), math.nan)
+        yield Sample(metrics.LOCAL_NAN_GRAD_RECENT_MAX, (), math.nan)
     yield Sample(metrics.UNMEASURED_LAYERS, (), recent.unmeasured_max)
     yield Sample(metrics.RECENT_WINDOW, (), snapshot.recent.seconds)
     for layer in recent.layers:
@@ -66,6 +73,10 @@ def _counts(snapshot: Snapshot, now: float) -> Iterator[Sample]:
 
 def _history(snapshot: Snapshot) -> Iterator[Sample]:
     yield Sample(metrics.CHECKS, (), snapshot.checks)
+    yield Sample(metrics.UNMONITORED_STEPS, (), snapshot.unmonitored_steps)
+    if snapshot.scope is not None:
+        labels = (snapshot.scope.scope, str(snapshot.scope.exact).lower(), snapshot.scope.when)
+        yield Sample(metrics.GRAD_SCOPE, labels, 1)
     yield Sample(metrics.LAST_CHECK, (), _or_nan(snapshot.timestamp))
     for (kind, tier), checks in snapshot.nonfinite_checks.items():
         yield Sample(metrics.NONFINITE_CHECKS, (kind, tier), checks)
