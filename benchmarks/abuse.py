@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 USER, PASSWORD = "prometheus", "secret"
 SCRAPE = "scrape"
@@ -135,33 +136,67 @@ async def _again_and_again(client: Callable[[Target], Awaitable[None]], target: 
 
 
 async def _scrape_until_told(target: Target) -> None:
-    took: list[float] = []
-    clients = []
-    for _ in range(4):
-        clients.append(await target.connect())
-        await _ask(*clients[-1], request())  # the first one checks the password
+    kept = [await target.connect() for _ in range(4)]
+    for client in kept:
+        await _ask(*client, request())  # the first one checks the password
     print("ready", flush=True)
-    scrapers = [asyncio.create_task(_scrape_and_time(target, *client, took)) for client in clients]
+    took: dict[str, list[tuple[float, float]]] = {"kept": [], "new": []}
+    scrapers = [_scrape_again_and_again(_OverKept(target, *client), took["kept"]) for client in kept]
+    scrapers += [_scrape_again_and_again(_OverNew(target), took["new"]) for _ in range(2)]
+    tasks = [asyncio.create_task(scraper) for scraper in scrapers]
     await asyncio.to_thread(sys.stdin.read)
-    for each in scrapers:
-        each.cancel()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     print(json.dumps(took))
 
 
-async def _scrape_and_time(
-    target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, took: list[float]
-) -> None:
-    """Scrape twice a second; a scrape that fails counts as one that never came."""
+class _OverKept:
+    """Scrape over one connection; the next takes its place when it is lost."""
+
+    def __init__(self, target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._target, self._reader, self._writer = target, reader, writer
+
+    async def scrape(self) -> None:
+        await _ask(self._reader, self._writer, request())
+
+    async def recover(self) -> None:
+        self._writer.close()
+        self._reader, self._writer = await self._target.connect()
+
+
+class _OverNew:
+    """Scrape over a new connection each time, as probes do, and scrapers that keep none."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    async def scrape(self) -> None:
+        reader, writer = await self._target.connect()
+        await _ask(reader, writer, request())
+        writer.close()
+
+    async def recover(self) -> None:
+        pass
+
+
+async def _scrape_again_and_again(scraper: _OverKept | _OverNew, took: list[tuple[float, float]]) -> None:
+    """Scrape twice a second, and note when each scrape began and what it took; infinity is one that never came."""
+    await asyncio.sleep(random.random() / 2)
     while True:
-        await asyncio.sleep(0.5)
-        started = time.perf_counter()
+        started = time.monotonic()
         try:
             async with asyncio.timeout(_PATIENCE):
-                await _ask(reader, writer, request())
-            took.append(time.perf_counter() - started)
+                await scraper.scrape()
+            took.append((started, time.monotonic() - started))
+        except asyncio.CancelledError:  # told to stop before the answer came
+            took.append((started, time.monotonic() - started))
+            raise
         except (OSError, EOFError, ValueError, TimeoutError):
-            took.append(float("inf"))
-            reader, writer = await target.connect()
+            took.append((started, float("inf")))
+            with suppress(OSError):
+                await scraper.recover()
+        await asyncio.sleep(max(started + 0.5 - time.monotonic(), 0.1))
 
 
 async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: bytes) -> None:
@@ -171,6 +206,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked
     await reader.readexactly(int(length.partition(b":")[2]))
 
 
+@cache
 def _careless() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.check_hostname = False

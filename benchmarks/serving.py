@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -38,6 +39,7 @@ from esper_telemetry.exporters.prometheus import EsperCollector
 HERE = Path(__file__).parent
 TRAINER_CORE, ABUSER_CORE = 0, 1
 _WARM_UP_SECONDS = 3.0
+_AFTERMATH_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +47,18 @@ class Felt:
     """Hold what one stretch of training felt.
 
     step: mean seconds of a step.
-    waited: share of the time in which the training thread did not run.
+    waited: share of the time in which the training thread did not run, but for that in which another process did.
     exporter_share: processor time of the exporter's thread, of the time that passed.
-    scrapes: seconds that each good scrape took.
+    kept, new: seconds that each good scrape took, over a kept and over a new connection, while the attack went on.
+    after: those of the scrapes that began in the first second after the attack had ended.
     """
 
     step: float
     waited: float
     exporter_share: float
-    scrapes: list[float]
+    kept: list[float]
+    new: list[float]
+    after: list[float]
     threads: int
     memory: int
 
@@ -64,11 +69,21 @@ def main() -> None:
     torch.set_num_threads(1)
     described = machine()
     os.sched_setaffinity(0, {TRAINER_CORE})
+    measured = _kept_from_before(options.add_to)
     with tempfile.TemporaryDirectory() as folder, _elsewhere(Path(folder)) as elsewhere:
         trainer = Trainer(_web_config(Path(folder)))
-        rows = [_row(name, trainer, elsewhere, options) for name in ABUSES]
+        for name in options.attacks or ABUSES:
+            for _ in range(options.rounds):
+                theirs = trainer.feel(name, elsewhere, options.seconds)
+                measured.setdefault(name, []).append((theirs, trainer.feel(name, trainer.target, options.seconds)))
+            print(_row(name, measured[name]), flush=True)
+            if options.add_to is not None:
+                options.add_to.write_text(json.dumps(measured, default=asdict))
         trainer.close()
-    lines = [*_heading(described, options), *rows, "", _page_of_ten_thousand(), ""]
+    if options.add_to is not None:
+        options.add_to.write_text(json.dumps(measured, default=asdict))
+    lines = [*_heading(described, measured, options.seconds), *(_row(name, measured[name]) for name in measured)]
+    lines += ["", _page_of_ten_thousand(), ""]
     if options.output is not None:
         options.output.write_text("\n".join(lines))
 
@@ -98,17 +113,23 @@ class Trainer:
         return passed / steps
 
     def feel(self, name: str, target: Target, seconds: float) -> Felt:
-        """Train while the target is abused and scraped."""
-        with _scraper(target) as scraper, _process(name, target):
-            self.train(_WARM_UP_SECONDS)
-            used, started = time.clock_gettime(self._exporter_clock), time.perf_counter()
-            ran = time.thread_time()
-            step = self.train(seconds)
-            passed = time.perf_counter() - started
-            waited = 1 - (time.thread_time() - ran) / passed
-            share = (time.clock_gettime(self._exporter_clock) - used) / passed
-            threads, memory = threading.active_count(), _resident_bytes()
-            return Felt(step, waited, share, json.loads(scraper.communicate()[0]), threads, memory)
+        """Train while the target is abused and scraped, and a little longer."""
+        with _scraper(target) as scraper:
+            with _process(name, target):
+                self.train(_WARM_UP_SECONDS)
+                used, started = time.clock_gettime(self._exporter_clock), time.perf_counter()
+                ran, strange = time.thread_time(), _strangers_seconds()
+                step = self.train(seconds)
+                passed = time.perf_counter() - started
+                waited = 1 - (time.thread_time() - ran + _strangers_seconds() - strange) / passed
+                share = (time.clock_gettime(self._exporter_clock) - used) / passed
+                threads, memory = threading.active_count(), _resident_bytes()
+                ended = time.monotonic()
+            self.train(_AFTERMATH_SECONDS + 0.5)
+            scrapes: dict[str, list[tuple[float, float]]] = json.loads(scraper.communicate()[0])
+        kept, new = ([took for began, took in scrapes[each] if began < ended] for each in ("kept", "new"))
+        after = [took for each in scrapes.values() for began, took in each if 0 <= began - ended < _AFTERMATH_SECONDS]
+        return Felt(step, waited, share, kept, new, after, threads, memory)
 
     def close(self) -> None:
         """Stop to watch and to serve."""
@@ -124,44 +145,56 @@ def serve_elsewhere(web_config: Path, ready: Connection) -> None:
     threading.Event().wait()
 
 
-def _row(name: str, trainer: Trainer, elsewhere: Target, options: argparse.Namespace) -> str:
-    elsewhere_felt, felt = [], []
-    for _ in range(options.rounds):
-        elsewhere_felt.append(trainer.feel(name, elsewhere, options.seconds))
-        felt.append(trainer.feel(name, trainer.target, options.seconds))
-    ratios = [ours.step / theirs.step - 1 for ours, theirs in zip(felt, elsewhere_felt, strict=True)]
-    waited = mean(each.waited for each in felt) - mean(each.waited for each in elsewhere_felt)
-    took = sorted(seconds for each in felt for seconds in each.scrapes)
-    row = (
+def _kept_from_before(path: Path | None) -> dict[str, list[tuple[Felt, Felt]]]:
+    """Return what was measured by earlier calls: by attack, pairs of what was felt with it elsewhere, and here."""
+    if path is None or not path.exists():
+        return {}
+    return {name: [(Felt(**a), Felt(**b)) for a, b in pairs] for name, pairs in json.loads(path.read_text()).items()}
+
+
+def _row(name: str, measured: list[tuple[Felt, Felt]]) -> str:
+    felt = [ours for _, ours in measured]
+    ratios = [ours.step / theirs.step - 1 for theirs, ours in measured]
+    waited = mean(ours.waited - theirs.waited for theirs, ours in measured)
+    return (
         f"| {name} | {waited:.1%} | {median(ratios):+.1%} ({min(ratios):+.1%} to {max(ratios):+.1%}) "
         f"| {mean(each.exporter_share for each in felt):.1%} "
-        f"| {median(took) * 1e3:.0f} / {quantiles(took, n=100)[98] * 1e3:.0f} / {took[-1] * 1e3:.0f} ms, {len(took)} "
+        f"| {_times([took for each in felt for took in each.kept])} "
+        f"| {_times([took for each in felt for took in each.new])} "
+        f"| {max((took for each in felt for took in each.after), default=math.nan) * 1e3:.0f} ms "
         f"| {max(each.threads for each in felt)} | {max(each.memory for each in felt) / 2**20:.0f} MiB |"
     )
-    print(row, flush=True)
-    return row
 
 
-def _heading(described: dict[str, str], options: argparse.Namespace) -> list[str]:
+def _times(took: list[float]) -> str:
+    p99 = quantiles(took, n=100, method="inclusive")[98]
+    return f"{median(took) * 1e3:.0f} / {p99 * 1e3:.0f} / {max(took) * 1e3:.0f} ms, {len(took)}"
+
+
+def _heading(described: dict[str, str], measured: dict[str, list[tuple[Felt, Felt]]], seconds: float) -> list[str]:
+    rounds = max(len(pairs) for pairs in measured.values())
     return [
         "# An exporter under attack",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}, by `make bench-serving`: TLS and a password, {options.rounds} rounds "
-        f"of {options.seconds:g} s each.",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}, by `make bench-serving`: TLS and a password, {rounds} rounds "
+        f"of {seconds:g} s each.",
         "",
         *(f"- {name}: {value}" for name, value in described.items()),
         "",
         "Training and exporter share one core, attackers have another. Step time is compared with that under the same",
-        "attack on an exporter in another process: median of the rounds, and from the least to the most. Four good",
-        "scrapers ask twice a second each on kept connections, also in the moment in which all attackers arrive; `inf`",
-        "would be a scrape that failed.",
+        "attack on an exporter in another process: median of the rounds, and from the least to the most. Six good",
+        "scrapers ask twice a second each, four over connections that they keep and two over a new one each time, also",
+        "in the moment in which all attackers arrive; `inf` would be a scrape that failed. The column after theirs has",
+        "the longest scrape of those that began within a second after the attack had ended.",
         "",
         "The first column is the steadier one: the share of the time in which the training thread could not run, as it",
-        "waited for the core or for Python's lock, beyond that under the attack elsewhere.",
+        "waited for the core or for Python's lock, beyond that under the attack elsewhere. What other processes of the",
+        "machine took of that core is left out.",
         "",
         "| attack | taken from the training thread | step time | exporter's processor time "
-        "| scrape: median / p99 / max, count | threads | memory |",
-        "|---|---|---|---|---|---|---|",
+        "| scrape, kept connection: median / p99 / max, count | scrape, new connection | right after | threads "
+        "| memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
 
 
@@ -229,6 +262,13 @@ def _web_config(folder: Path) -> Path:
     return path
 
 
+def _strangers_seconds() -> float:
+    """Return for how long other processes have run on the trainer's core."""
+    lines = Path("/proc/stat").read_text().splitlines()
+    user, nice, system, _, _, _, _, steal = map(int, lines[1 + TRAINER_CORE].split()[1:9])
+    return (user + nice + system + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -237,6 +277,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.serving", description="Attack an exporter while it trains.")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of one stretch (default: 10)")
+    parser.add_argument("--attacks", nargs="+", choices=ABUSES, metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--add-to", type=Path, help="keep what was measured in this file, together with what it holds")
     parser.add_argument("--output", type=Path, help="where to write the report")
     return parser.parse_args()
 

@@ -1,85 +1,118 @@
-import socket
-from contextlib import ExitStack, closing
-from selectors import EVENT_READ
-from time import thread_time
+"""Turns: how much of a core is taken, who waits for whom, and who is next."""
+
+import asyncio
+import time
 
 import pytest
 
-from esper_telemetry.exporters.web.pace import BURST_SECONDS, PacedSelector
-
-CLIENTS = 40
-
-
-@pytest.fixture
-def busy():
-    """Return a selector whose burst is used up, and the file descriptors of clients that all want something."""
-    with ExitStack() as open_ones:
-        pace = open_ones.enter_context(closing(PacedSelector()))
-        numbers = []
-        for _ in range(CLIENTS):
-            server, client = (open_ones.enter_context(closing(each)) for each in socket.socketpair())
-            client.send(b"x")
-            pace.register(server, EVENT_READ)
-            numbers.append(server.fileno())
-        while pace.select(0):
-            work(0.005)
-        yield pace, numbers
+from esper_telemetry.exporters.web import pace
+from esper_telemetry.exporters.web.pace import BURST_SECONDS, Pace, Turns
 
 
-def work(seconds):
-    started = thread_time()
-    while thread_time() - started < seconds:
-        pass
+async def exhausted(last_first=False, rest=0.05):
+    """Return turns of which so much were taken that the next one is that long away."""
+    costs = iter([BURST_SECONDS + rest])
+    turns = Turns(1.0, lambda: next(costs, 0.0), last_first)
+    turns.charge()
+    return turns
 
 
-def served(pace):
-    return [key.fd for key, _ in pace.select()]
+async def take(turns, had, name):
+    await turns.next()
+    had.append(name)
 
 
-def test_who_is_known_has_a_turn_before_strangers_do(busy):
-    pace, numbers = busy
-    pace.known.add(numbers[-1])
-    assert all(numbers[-1] in served(pace) for _ in range(3))
+def test_who_floods_gets_its_share_and_not_more():
+    async def flood(turns):
+        used, began = time.thread_time(), time.monotonic()
+        while time.monotonic() - began < 1:
+            await turns.next()
+            work(0.002)
+            turns.charge()
+        return time.thread_time() - used
+
+    assert asyncio.run(flood(Pace().others)) < 3 * BURST_SECONDS  # of a second
 
 
-def test_strangers_have_a_turn_however_many_are_known(busy):
-    pace, numbers = busy
-    pace.known.update(numbers[1:])
-    assert numbers[0] in served(pace)
+def test_nobody_waits_as_long_as_little_is_asked():
+    async def ask():
+        turns = Pace().regulars
+        for _ in range(1000):
+            with pytest.raises(StopIteration):  # it does not even give way to others
+                turns.next().send(None)
+            turns.charge()
+        return turns.strained
+
+    assert asyncio.run(ask()) is False
 
 
-def test_while_known_ones_wait_strangers_have_a_quarter_of_the_time(busy):
-    pace, numbers = busy
-    pace.known.update(numbers[1:])
-    spent = dict.fromkeys((True, False), 0.0)
-    for _ in range(40):
-        with_stranger = numbers[0] in served(pace)
-        started = thread_time()
-        work(0.001)
-        spent[with_stranger] += thread_time() - started
-    assert 0.15 < spent[True] / sum(spent.values()) < 0.3
+def test_no_kind_waits_for_another():
+    async def ask():
+        kinds = Pace()
+        kinds.others._paid_until = time.monotonic() + 1000
+        stuck = asyncio.create_task(kinds.others.next())
+        await asyncio.sleep(0)
+        for turns in (kinds.door, kinds.newcomers, kinds.regulars):
+            await turns.next()
+        assert kinds.strained
+        assert not stuck.done()
+        stuck.cancel()
+
+    asyncio.run(ask())
 
 
-def test_those_who_always_ask_have_their_turns_in_a_circle(busy):
-    pace, numbers = busy
-    turns = [number for _ in range(40) for number in served(pace)]
-    assert set(turns[:CLIENTS]) == set(numbers)
-    assert turns[CLIENTS:] == turns[:-CLIENTS]
+@pytest.mark.parametrize(("last_first", "order"), [(False, "abcd"), (True, "dcba")])
+def test_turns_are_had_in_the_order_of_arrival_but_of_newcomers_the_last_is_first(last_first, order):
+    async def ask():
+        turns, had = await exhausted(last_first), []
+        await asyncio.gather(*(take(turns, had, name) for name in "abcd"))
+        assert "".join(had) == order
+
+    asyncio.run(ask())
+
+
+def test_of_all_kinds_only_newcomers_overtake_each_other():
+    kinds = Pace()
+    assert kinds.newcomers._last_first
+    assert not any(turns._last_first for turns in (kinds.door, kinds.regulars, kinds.others))
+
+
+def test_who_comes_while_others_wait_does_not_overtake_them():
+    async def ask():
+        turns, had = await exhausted(), []
+        waiting = [asyncio.create_task(take(turns, had, name)) for name in "ab"]
+        await asyncio.sleep(0)
+        turns._paid_until = 0.0  # there is time again, and those who wait were not told yet
+        await take(turns, had, "c")
+        await asyncio.gather(*waiting)
+        assert had == ["a", "b", "c"]
+
+    asyncio.run(ask())
+
+
+def test_who_gives_up_takes_nobody_elses_turn():
+    async def ask():
+        turns = await exhausted()
+        impatient = asyncio.create_task(turns.next())
+        patient = asyncio.create_task(turns.next())
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await asyncio.wait_for(patient, 30)
+        assert impatient.cancelled()
+        await asyncio.wait_for(turns.next(), 30)
+
+    asyncio.run(ask())
 
 
 def test_a_pause_as_long_as_a_garbage_collection_is_not_paid_for_by_those_who_ask():
-    with closing(PacedSelector()) as pace:
-        pace.select(0)
-        work(2 * BURST_SECONDS)
-        pace.select(0)
-        assert not pace.strained
+    turns = Pace().regulars
+    turns.charge()
+    work(2 * BURST_SECONDS)
+    turns.charge()
+    assert turns._paid_until - time.monotonic() <= pace._LONGEST_TURN / pace.REGULARS_SHARE
 
 
-def test_a_selector_that_is_not_busy_neither_rests_nor_holds_back():
-    with closing(PacedSelector()) as pace, ExitStack() as open_ones:
-        for _ in range(3):
-            server, client = (open_ones.enter_context(closing(each)) for each in socket.socketpair())
-            client.send(b"x")
-            pace.register(server, EVENT_READ)
-        assert all(len(served(pace)) == 3 for _ in range(1000))
-        assert not pace.strained
+def work(seconds):
+    started = time.thread_time()
+    while time.thread_time() - started < seconds:
+        pass

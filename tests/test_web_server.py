@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
-from esper_telemetry.exporters.web import server
-from esper_telemetry.exporters.web.pace import BURST_SECONDS, SHARE
+from esper_telemetry.exporters.web import pace, server
 from esper_telemetry.snapshot.recent import LayerCounts
 from tests.certificates import AUTHORITY, SECRET_HASH, basic, client_context, status, write_pair
 from tests.snapshots import Source, bad, fresh
@@ -116,11 +115,9 @@ class TestTls:
         monkeypatch.setattr(server, "MAX_CONNECTIONS", 20)
         exporter = serve(TLS)
         with ExitStack() as stuck:
-            first = stuck.enter_context(closing(socket.create_connection(address_of(exporter), timeout=30)))
-            for _ in range(30):
-                stuck.enter_context(closing(socket.create_connection(address_of(exporter)))).sendall(b"\x16\x03")
+            first, *_ = [stuck.enter_context(open_with(exporter, b"\x16\x03")) for _ in range(31)]
             assert status(exporter.url + "/metrics", context=client_context()) == 200
-            assert first.recv(1) == b""
+            until(lambda: is_dropped(first))
 
     def test_a_client_that_says_goodbye_right_after_the_handshake_leaves_nothing_in_the_log(self, serve, caplog):
         exporter = serve(TLS)
@@ -133,6 +130,7 @@ class TestTls:
     @pytest.mark.parametrize(("said", "deadline"), [(b"\x16\x03", "REQUEST_SECONDS"), (b"", "IDLE_SECONDS")])
     def test_neither_half_a_handshake_nor_silence_lasts(self, serve, monkeypatch, said, deadline):
         monkeypatch.setattr(server, deadline, 0.2)
+        monkeypatch.setattr(server, "SILENT_SECONDS", 1)
         with closing(socket.create_connection(address_of(serve(TLS)), timeout=30)) as stuck:
             stuck.sendall(said)
             assert stuck.recv(1) == b""
@@ -248,10 +246,11 @@ def test_a_flood_takes_no_more_than_the_servers_share_of_a_core(serve):
     floods = [threading.Thread(target=flood) for _ in range(8)]
     for each in floods:
         each.start()
-    until(lambda: exporter._server._pace._paid_until - time.monotonic() > BURST_SECONDS / SHARE)
+    until(lambda: exporter._server._pace.others._resting)
     used, started = time.clock_gettime(clock), time.monotonic()
     time.sleep(1)
     share = (time.clock_gettime(clock) - used) / (time.monotonic() - started)
+    assert scrape(exporter)  # a newcomer does not wait for them
     over.set()
     for each in floods:
         each.join()
@@ -262,7 +261,7 @@ def test_of_clients_that_come_all_at_once_no_more_are_held_than_the_bound(serve,
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 20)
     exporter = serve()
     with ExitStack() as clients:
-        connected = [clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)]
+        connected = [clients.enter_context(open_with(exporter, b"G")) for _ in range(100)]
         until(lambda: sum(map(is_dropped, connected)) >= 80)
         assert sum(map(is_dropped, connected)) == 80
 
@@ -275,10 +274,26 @@ def test_a_flood_of_newcomers_does_not_cost_a_scraper_its_connection(serve, monk
         scraper = clients.enter_context(closing(socket.create_connection(address_of(exporter), timeout=10)))
         scraper.sendall(request)
         assert scraper.recv(65536).startswith(b"HTTP/1.1 200 ")
-        connected = [clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)]
+        connected = [clients.enter_context(open_with(exporter, b"G")) for _ in range(100)]
         until(lambda: sum(map(is_dropped, connected)) >= 81)
         scraper.sendall(request)
         assert scraper.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_DEFER_ACCEPT"), reason="the kernel cannot")
+def test_who_says_nothing_stays_in_the_kernel(serve):
+    exporter = serve()
+    with ExitStack() as clients:
+        silent = [clients.enter_context(closing(socket.create_connection(address_of(exporter)))) for _ in range(100)]
+        assert status(exporter.url) == 200
+        assert len(exporter._server._clients) <= 1
+        assert not any(map(is_dropped, silent))
+
+
+def open_with(exporter, said):
+    client = socket.create_connection(address_of(exporter), timeout=30)
+    client.sendall(said)
+    return closing(client)
 
 
 def is_dropped(client):
@@ -346,6 +361,17 @@ def test_no_request_crashes_the_server(tireless, requests, pieces):
     assert answer == b"" or answer.startswith(b"HTTP/1.1 ")
 
 
+@pytest.mark.parametrize(("content", "said"), [(None, b"\0\r\n\r\n"), (TLS, b"GET / HTTP/1.1\r\n\r\n")])
+def test_who_speaks_neither_tls_nor_http_is_told_so_and_held(serve, monkeypatch, content, said):
+    monkeypatch.setattr(server, "HOLD_SECONDS", 3.0)
+    with open_with(serve(content), said) as client:
+        began = time.monotonic()
+        assert content or client.recv(65536).startswith(b"HTTP/1.1 400 ")
+        client.setblocking(True)
+        assert not [part for part in iter(lambda: client.recv(65536), b"") if part.startswith(b"HTTP")]
+        assert time.monotonic() - began > 2
+
+
 @pytest.fixture
 def tireless():
     """Serve without ever resting, and leave nothing open and nothing in the log."""
@@ -354,7 +380,9 @@ def tireless():
     handler.emit = lambda record: complaints.append(record.getMessage())
     logging.getLogger().addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("esper_telemetry.exporters.web.pace.SHARE", 100.0)
+        for kind in ("DOOR_SHARE", "NEWCOMERS_SHARE", "OTHERS_SHARE"):
+            patch.setattr(pace, kind, 100.0)
+        patch.setattr(server, "HOLD_SECONDS", 0.0)
         exporter = start_exporter(Source(bad()), "127.0.0.1:0", linger=0)
         before = open_files()
         yield exporter

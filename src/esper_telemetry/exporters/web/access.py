@@ -82,8 +82,8 @@ class Access:
             if (rules.context is None) != (self._rules.context is None):
                 raise WebConfigError(f"{self._path}: tls_server_config: cannot be switched on or off while serving")
         except Exception as error:
-            self.reload_failures += 1
             logger.error("esper: the old web config stays: %s", error)
+            self.reload_failures += 1
         else:
             self._rules = rules
             logger.info("esper: the web config was reloaded: %s", self._path)

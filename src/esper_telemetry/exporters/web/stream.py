@@ -1,12 +1,14 @@
 """The bytes of one client, in plain or under TLS.
 
 asyncio's own TLS begins with the connection, holds 256 KiB for each, and leaves cycles of objects behind when one ends.
-Here TLS begins with the first byte, so that a client that says nothing costs next to nothing.
+Here TLS begins with the first byte, so that a client that says nothing costs next to nothing; and nothing is kept
+between the kernel and who reads or writes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,32 +21,21 @@ _T = TypeVar("_T")
 
 
 class Stream:
-    """Speak with a client in plain."""
+    """Speak with a client in plain, over a socket that does not block."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        writer.transport.set_write_buffer_limits(high=0)  # so that drain() ends when the kernel has everything
-
-    @property
-    def waiting(self) -> int:
-        """Return how many bytes the kernel has not taken yet."""
-        size: int = self._writer.transport.get_write_buffer_size()
-        return size
+    def __init__(self, wire: socket.socket) -> None:
+        self._wire = wire
+        self._loop = asyncio.get_running_loop()
 
     async def read(self) -> bytes:
         """Return what has come, at least one byte and at most READ_BYTES; nothing at the end."""
-        return await self._reader.read(READ_BYTES)
+        return await self._loop.sock_recv(self._wire, READ_BYTES)
 
-    def write(self, data: bytes) -> None:
-        """Hand data to the kernel, or keep what it does not take now."""
-        self._writer.write(data)
+    async def write(self, data: bytes) -> None:
+        """Wait until the kernel has all of it."""
+        await self._loop.sock_sendall(self._wire, data)
 
-    async def drain(self) -> None:
-        """Wait until the kernel has everything."""
-        await self._writer.drain()
-
-    def end(self) -> None:
+    async def end(self) -> None:
         """Say that nothing more will be written."""
 
 
@@ -54,10 +45,8 @@ class TlsStream(Stream):
     received: what was read from it so far.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext, received: bytes
-    ) -> None:
-        super().__init__(reader, writer)
+    def __init__(self, wire: socket.socket, context: ssl.SSLContext, received: bytes) -> None:
+        super().__init__(wire)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._incoming.write(received)
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -71,16 +60,16 @@ class TlsStream(Stream):
         """Return what has come, at least one byte and at most READ_BYTES; nothing at the end."""
         return await self._until_done(lambda: self._tls.read(READ_BYTES))
 
-    def write(self, data: bytes) -> None:
-        """Hand data to the kernel, or keep what it does not take now."""
+    async def write(self, data: bytes) -> None:
+        """Wait until the kernel has all of it."""
         self._tls.write(data)
-        self._flush()
+        await self._flush()
 
-    def end(self) -> None:
+    async def end(self) -> None:
         """Say that nothing more will be written."""
         with suppress(ssl.SSLError):  # the client's own goodbye is not waited for
             self._tls.unwrap()
-        self._flush()
+        await self._flush()
 
     async def _until_done(self, step: Callable[[], _T]) -> _T:
         while True:
@@ -89,12 +78,12 @@ class TlsStream(Stream):
             except ssl.SSLWantReadError:
                 pass
             finally:
-                self._flush()  # when it fails too: the client is told why
+                await self._flush()  # when it fails too: the client is told why
             if received := await super().read():
                 self._incoming.write(received)
             else:
                 self._incoming.write_eof()
 
-    def _flush(self) -> None:
+    async def _flush(self) -> None:
         if self._outgoing.pending:
-            super().write(self._outgoing.read())
+            await super().write(self._outgoing.read())

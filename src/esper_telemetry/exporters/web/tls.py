@@ -47,6 +47,7 @@ def server_context(config: TlsConfig, path: Path) -> ssl.SSLContext:
     for key, file in (("cert_file", config.cert_file), ("key_file", config.key_file)):
         _check_readable(path, key, file)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # who scrapes keeps its connection, or does not resume one
     context.minimum_version = _VERSIONS[config.min_version]
     context.maximum_version = _VERSIONS[config.max_version]
     if not config.prefer_server_cipher_suites:
