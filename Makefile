@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadgroup
 
-.PHONY: run test test-lowest lint docs dist stack soak bench bench-gpu bench-serving screenshots clean
+.PHONY: run test test-lowest lint docs dist stack stack-ranks soak bench bench-gpu bench-serving screenshots clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
@@ -38,6 +38,9 @@ dist: $(INSTALLED)  ## Build the wheel and the sdist into dist/
 
 stack: $(INSTALLED)  ## See a page arrive: a fault, Prometheus, Alertmanager and a pager, natively
 	$(BIN)/python -m deploy.stack
+
+stack-ranks: $(INSTALLED)  ## See the page of a run of two ranks, which names the one at fault; about a minute
+	$(BIN)/python -m deploy.stack.ranks
 
 soak: $(INSTALLED)  ## Place 50 bad checks at random and count the pages; about 10 minutes
 	$(BIN)/python -m deploy.stack.soak --placements 50

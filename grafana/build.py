@@ -13,7 +13,7 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard
 
-from grafana import banner, heads, health, layers, ppo, queries, run, training, verdict
+from grafana import banner, heads, health, layers, ppo, queries, ranks, run, training, verdict
 from grafana.panels import ADDRESSES, RUNBOOKS, SOURCE, Placed
 
 DASHBOARD = Path(__file__).with_name("dashboards") / "esper.json"
@@ -22,6 +22,7 @@ ALL = dashboard.VariableOption(selected=True, text="All", value="$__all")
 ROWS = {
     "Health": health.panels,
     "Model": verdict.panels,
+    "Ranks": ranks.panels,
     "Training": training.panels,
     "Layers": layers.panels,
     "Heads": heads.panels,

@@ -13,6 +13,7 @@ STEP = "$__rate_interval"
 CHOSEN = 'job=~"$job", instance=~"$instance"'
 CHOSEN_RUN = 'run_id=~"$run_id"'
 NONFINITE = "instance_kind:esper_nonfinite_grad:recent_max"
+OF_RUN = "run_kind:esper_nonfinite_grad:recent_max"
 STATE = "instance:esper_run:state"
 LAST_WORD = "instance:esper_run:last_word"
 TROUBLE = (
@@ -21,6 +22,8 @@ TROUBLE = (
 )
 ROWS, LINES = 24, 12
 """How many instances or layers a table or a graph names at most, the worst first."""
+MOST_RANKS, WORST_RANKS = 64, 20
+"""How many ranks a timeline draws; of more the worst."""
 
 STATES = {
     "HEALTHY": "#24603c",
@@ -215,6 +218,25 @@ def origin_history() -> str:
     return named(began, "layer", "kind")
 
 
+def bad_ranks(kind: str) -> str:
+    """Return what the worst ranks made of a kind before any reduction."""
+    counts = select("esper_rank_nonfinite_grads", f'kind="{kind}"')
+    return named(f"max_over_time({counts}[{WINDOW}])", "rank", "host", window=WINDOW)
+
+
+def rank_history() -> str:
+    """Return the worst state of each point's time, per rank; of too many, those with the worst of the shown time."""
+    history = f"max_over_time({_rank_state()}[{STEP}])"
+    few = f"{_shown_ranks()} and on () {rank_count('<=')}"
+    shown = f"{few} or topk({WORST_RANKS}, {_shown_ranks()})"
+    return f"max by (run_id, rank, host) ({history} and on (job, instance) ({shown}))"
+
+
+def rank_count(compared: str) -> str:
+    """Return how many ranks there are, where that is few or many enough."""
+    return f"count({_shown_ranks()}) {compared} {MOST_RANKS}"
+
+
 def versions() -> str:
     """Return the versions that every instance runs, as 1."""
     return named(select("esper_build_info"), "version", "torch", "python", window=MEMORY)
@@ -222,6 +244,14 @@ def versions() -> str:
 
 def _state() -> str:
     return select(STATE, CHOSEN_RUN)
+
+
+def _rank_state() -> str:
+    return select(STATE, CHOSEN_RUN, 'world_size!="1"')
+
+
+def _shown_ranks() -> str:
+    return f"max by (job, instance) (max_over_time({_rank_state()}[$__range] @ end()))"
 
 
 def _of_chosen_run(alerts: str) -> str:
@@ -233,8 +263,9 @@ def _of_chosen_run(alerts: str) -> str:
 def _counts(kind: str) -> str:
     """Return the largest count of any one check: of a drill only where nothing is real, 0 only where all is known."""
     real, made_up = (select(NONFINITE, f'kind="{kind}"', drill) for drill in ('drill=""', 'drill!=""'))
+    whole = select(OF_RUN, f'kind="{kind}"', 'drill=""')  # of rank 0, whose own share may be smaller
     drill = f"{made_up} and on (job, instance) {_state()} == {_CODES['DRILL']}"
-    alternatives = (f"{real} > 0", drill, f"{real} and on (job, instance) ({_covered()})")
+    alternatives = (f"{whole} > 0", f"{real} > 0", drill, f"{real} and on (job, instance) ({_covered()})")
     return " or on (job, instance) ".join(f"max by (job, instance) ({value})" for value in alternatives)
 
 

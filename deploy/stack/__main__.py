@@ -25,15 +25,19 @@ from deploy.stack import configs, servers
 from deploy.stack.pager import Pager
 
 FAULT = "inf:7@200:action_net.weight"
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 120.0
 _FIRING = 'ALERTS{alertname=~"EsperInfGradients|EsperNaNGradients",severity="critical",alertstate="firing"}'
 
 
 class Stack:
-    """Every server on a free loopback port, with the shipped configurations; `folder` keeps their logs."""
+    """Every server on a free loopback port, with the shipped configurations; `folder` keeps their logs.
 
-    def __init__(self, folder: Path) -> None:
+    leader: `host:port` of the rank 0 that lists the ranks of a run.
+    """
+
+    def __init__(self, folder: Path, leader: str | None = None) -> None:
         self.folder = folder
+        self._leader = leader
         self._exit = ExitStack()
         self.pager = Pager()
         self.textfiles = folder / "textfiles"
@@ -46,7 +50,7 @@ class Stack:
         config = configs.alertmanager_config(self.folder / "alertmanager", self.pager.url)
         self.alertmanager = enter(servers.alertmanager(config, self.folder))
         self.node_exporter = enter(servers.node_exporter(self.textfiles, self.folder))
-        config = configs.prometheus_config(self.folder / "prometheus", self.alertmanager.url)
+        config = configs.prometheus_config(self.folder / "prometheus", self.alertmanager.url, leader=self._leader)
         self.prometheus = enter(servers.prometheus(config, self.folder))
         self.list("nodes", self.node_exporter.url)
         return self
@@ -150,6 +154,11 @@ def _show(stack: Stack, trainer: str, console: Console, *, hold: bool) -> int:
         "rule firing": lambda: stack.holds(_FIRING),
         "page received": lambda: bool(stack.pager.pages()),
     }
+    return hold_on(stack, stages, console, hold=hold)
+
+
+def hold_on(stack: Stack, stages: dict[str, Callable[[], bool]], console: Console, *, hold: bool) -> int:
+    """Watch the stages, print the page, and keep everything up if asked; return the exit code."""
     if not Stages(stages, console).watch():
         console.print(f"no page within {LIMIT_SECONDS:.0f} s; esper's log ends:\n{_log_end(stack.folder)}")
         return 1

@@ -72,8 +72,12 @@ def prometheus_config(
     rule_file: Path = RULES,
     interval: str = "5s",
     replica: str = "a",
+    leader: str | None = None,
 ) -> Path:
-    """Write the Prometheus configuration for targets `host:port`, scraped and evaluated every `interval`."""
+    """Write the Prometheus configuration for targets `host:port`, scraped and evaluated every `interval`.
+
+    leader: `host:port` of the rank 0 that lists the ranks of a run.
+    """
     list_targets(folder / "targets" / "trainers.json", trainers)
     list_targets(folder / "targets" / "nodes.json", nodes)
     list_targets(folder / "targets" / "collectors.json", ())
@@ -85,9 +89,19 @@ def prometheus_config(
             "../../alerts/rules.yml": str(rule_file),
             "alertmanager:9093": alertmanager.removeprefix("http://"),
             "replica: a": f"replica: {replica}",
-        },
+        }
+        | ({} if leader is None else _discovery(leader)),
     )
     return _write(folder / "prometheus.yml", text)
+
+
+def _discovery(leader: str) -> dict[str, str]:
+    """Return what to replace so that rank 0 lists the targets."""
+    return {
+        "    # http_sd_configs:": "    http_sd_configs:",
+        "    #   - url: http://rank0.example:19301": f"      - url: http://{leader}",
+        "    #     refresh_": "        refresh_",
+    }
 
 
 def list_targets(file: Path, targets: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ LONG_WINDOWS = WINDOWS | {"10m": "30s", "15m": "45s", "1h": "60s", "1d": "60s"}
 class Stack:
     """Prometheus, scraping and evaluating every second, Alertmanager, and a pager."""
 
-    def __init__(self, folder, prometheus_count=1, windows=WINDOWS, prometheus_arguments=()):
+    def __init__(self, folder, prometheus_count=1, windows=WINDOWS, prometheus_arguments=(), leader=None):
         self.folder = folder
         self._exit = ExitStack()
         self.pager = self._exit.enter_context(Pager())
@@ -36,6 +36,7 @@ class Stack:
                 rule_file=configs.rules(home, windows),
                 interval="1s",
                 replica=str(number),
+                leader=leader,
             )
             self.prometheus.append(self._exit.enter_context(servers.prometheus(config, home, *prometheus_arguments)))
 
