@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         LayerGradientStats,
         aggregate_layer_gradient_health,
     )
-    from esper_telemetry.monitor import GradientMonitor, GradientsCritical, watch
+    from esper_telemetry.monitor import GradientMonitor, GradientsCritical, VoteFailed, watch
     from esper_telemetry.scan import collect_per_layer_gradients
     from esper_telemetry.snapshot import Snapshot
     from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
@@ -34,6 +34,7 @@ __all__ = [
     "PPOUpdatePayload",
     "Snapshot",
     "TextfileExporter",
+    "VoteFailed",
     "aggregate_layer_gradient_health",
     "collect_per_layer_gradients",
     "start_exporter",
@@ -47,7 +48,7 @@ _HOMES = {
     "exporters.otlp": ("OtlpExporter", "start_otlp"),
     "exporters.textfile": ("TextfileExporter", "start_textfile"),
     "health": ("GradientHealth", "HealthTier", "LayerGradientStats", "aggregate_layer_gradient_health"),
-    "monitor": ("GradientMonitor", "GradientsCritical", "watch"),
+    "monitor": ("GradientMonitor", "GradientsCritical", "VoteFailed", "watch"),
     "scan": ("collect_per_layer_gradients",),
     "snapshot": ("Snapshot",),
     "snapshot.ppo_update": ("PPOUpdatePayload",),

@@ -13,26 +13,27 @@ class Poison(torch.autograd.Function):
     """Pass a parameter on, and write bad elements into its gradient on the way back."""
 
     @staticmethod
-    def forward(ctx, weight, count, value):
-        ctx.count, ctx.value = count, value
+    def forward(ctx, weight, before, count, value):
+        ctx.place, ctx.value = slice(before, before + count), value
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone()
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        local.view(-1)[: ctx.count] = ctx.value
-        return gradient, None, None
+        local.view(-1)[ctx.place] = ctx.value
+        return gradient, None, None, None
 
 
 class FaultyLinear(nn.Linear):
-    """Make `bad` elements of `value` in the gradient of its weight."""
+    """Make `bad` elements of `value` in the gradient of its weight, after those `before`."""
 
+    before = 0
     bad = 0
     value = math.nan
 
     def forward(self, given):
-        weight = Poison.apply(self.weight, self.bad, self.value) if self.bad else self.weight
+        weight = Poison.apply(self.weight, self.before, self.bad, self.value) if self.bad else self.weight
         return nn.functional.linear(given, weight, self.bias)
 
 

@@ -110,6 +110,10 @@ class Gathering:
             _retag(zip(self.watched.tags, parameters, gradients, strict=False), ended)
         return parameters, gradients
 
+    def parameter_ids(self) -> set[int]:
+        """Return the ids of the parameters that the model has now."""
+        return set(map(id, self.watched.parameters()))
+
     def close(self) -> None:
         """Leave every parameter as it was before."""
         self._unsharded.close()

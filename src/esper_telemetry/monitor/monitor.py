@@ -59,7 +59,10 @@ class GradientMonitor(Told, UntilClosed):
     on_critical: what to do when a check finds more than 5 elements of one kind. "continue"; "skip": the optimizer
         steps until the next check change neither parameters nor optimizer state; "halt": raise GradientsCritical
         from the call that measured; or a callable that is given the snapshot and returns one of these or None. What
-        the callable raises reaches the training loop.
+        the callable raises reaches the training loop. Several ranks vote before the step, by the run's exact counts,
+        and all of them act: see `docs/ranks.md`. That is a collective, of a group that is made here. A callable is
+        asked on every rank, and the strongest answer is done by all; where ranks do not come together VoteFailed is
+        raised, and no step taken.
     patience: do it only after that many critical checks in a row, and from then on until a check is not critical.
     statistics_every: checks between two looks for dead and exploding layers; what is found is looked at again in the
         checks that follow.
@@ -224,8 +227,7 @@ class GradientMonitor(Told, UntilClosed):
         news = self._checks.make(self._gathering, ended, measure, started)
         self._listeners.tell(news)
         self._checks.seconds += time.perf_counter() - started
-        for snapshot in news:
-            self._reaction.to(snapshot, self._checks.steps_early)
+        self._reaction.to(news, self._latest.snapshot, self._checks.steps_early)
         return self._latest.snapshot
 
     def _before_step(self, optimizer: Optimizer) -> None:
@@ -233,3 +235,4 @@ class GradientMonitor(Told, UntilClosed):
         self._verdict.stepped(optimizer)
         if self._checks.is_unchecked(optimizer, self._gathering):
             self._check(self._gathering.take_late(), self._checks.scan)
+        self._reaction.before_step(optimizer, self._gathering.parameter_ids)

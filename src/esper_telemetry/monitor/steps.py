@@ -53,6 +53,22 @@ def check_can_drop(optimizers: Sequence[Optimizer]) -> None:
             )
 
 
+def check_can_vote(optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError when there is an optimizer before whose update ranks cannot come together."""
+    for each in optimizers:
+        name = type(each).__name__
+        if isinstance(each, LBFGS):
+            raise ValueError(f"on_critical: ranks cannot vote within a step of {name}; expected 'continue'")
+        if any(
+            hasattr(parameter, "_in_backward_optimizers")
+            for group in each.param_groups
+            for parameter in group["params"]
+        ):
+            raise ValueError(
+                f"on_critical: ranks cannot vote while {name} steps during backward(); expected 'continue'"
+            )
+
+
 def _inner(optimizer: Optimizer) -> str | None:
     """Return the attribute where an optimizer keeps another one that it wraps."""
     return next((name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
