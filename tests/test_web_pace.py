@@ -17,8 +17,8 @@ async def exhausted(last_first=False, rest=0.05):
     return turns
 
 
-async def take(turns, had, name):
-    await turns.next()
+async def take(turns, had, name, address=""):
+    await turns.next(address)
     had.append(name)
 
 
@@ -69,6 +69,17 @@ def test_turns_are_had_in_the_order_of_arrival_but_of_newcomers_the_last_is_firs
         assert "".join(had) == order
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("last_first", "order"), [(False, "axbyczd"), (True, "zdycxba")])
+def test_a_flood_from_one_address_does_not_keep_another_waiting(last_first, order):
+    async def ask():
+        turns, had = await exhausted(last_first), []
+        flood = (take(turns, had, name, "192.0.2.1") for name in "abcd")
+        await asyncio.gather(*flood, *(take(turns, had, name, "192.0.2.2") for name in "xyz"))
+        return "".join(had)
+
+    assert asyncio.run(ask()) == order
 
 
 def test_of_all_kinds_only_newcomers_overtake_each_other():

@@ -83,7 +83,7 @@ class Connection:
             if answered:
                 regular = content and self._loop.time() - answered > _PAUSE_SECONDS
                 turns = self._pace.regulars if regular else self._pace.others
-                await turns.next()
+                await turns.next(self._client)
             response = await self._respond(request)
             if response.status == HTTPStatus.OK:
                 content = True
@@ -122,7 +122,7 @@ class Connection:
             if event is h11.NEED_DATA:
                 if pieces >= _PIECES:
                     self._pace.others.charge()
-                    await self._pace.others.next()
+                    await self._pace.others.next(self._client)
                 http.receive_data(await self._stream.read())
                 pieces += 1
             elif isinstance(event, h11.Request):

@@ -7,7 +7,8 @@ ask at once again, to ask without ever being let in, or to send a request in cru
 want a turn of that kind wait, and what they say stays in the kernel, where it costs nothing, since nobody reads it.
 
 Of newcomers the last one is the next: the others have been overtaken already, and whoever floods is among them. All
-others have their turns in the order in which they came. A loop that is not busy never makes anybody wait.
+others have their turns in the order in which they came. But nobody has two in a row from one address while another
+waits. A loop that is not busy never makes anybody wait.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Turns:
         self._last_first = last_first
         self._paid_until = 0.0
         self._resting = False
-        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._waiting: dict[asyncio.Future[None], str] = {}
+        self._last_address = ""
         self._release_is_due = False
 
     @property
@@ -69,13 +71,13 @@ class Turns:
         """Tell whether more than half of what may be taken at once is used up."""
         return self._paid_until - monotonic() > BURST_SECONDS / self._share / 2
 
-    async def next(self) -> None:
-        """Wait for a turn."""
+    async def next(self, address: str = "") -> None:
+        """Wait for a turn, for a client of this address."""
         if not self._waiting and not self._rest():
             return
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
-        self._waiting[turn] = None
+        self._waiting[turn] = address
         if not self._release_is_due:
             self._release_is_due = True
             loop.call_soon(self._release)
@@ -105,8 +107,13 @@ class Turns:
         if rest := self._rest():
             loop.call_later(rest, self._release)
             return
-        turn = next(reversed(self._waiting) if self._last_first else iter(self._waiting))
-        del self._waiting[turn]
+        turn = self._choose()
+        self._last_address = self._waiting.pop(turn)
         if not turn.done():
             turn.set_result(None)
         loop.call_soon(self._release)  # after it
+
+    def _choose(self) -> asyncio.Future[None]:
+        in_order = list(reversed(self._waiting) if self._last_first else self._waiting)
+        others = (turn for turn in in_order if self._waiting[turn] != self._last_address)
+        return next(others, in_order[0])

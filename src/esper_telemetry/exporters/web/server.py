@@ -157,7 +157,7 @@ class HttpServer:
         if not received:
             return
         patience.reschedule(self._loop.time() + REQUEST_SECONDS)
-        await self._pace.newcomers.next()
+        await self._pace.newcomers.next(peer[0])
         if self._guard is not None and self._guard.context is not None:
             stream = TlsStream(wire, self._guard.context, received)
             received = b""
