@@ -6,9 +6,10 @@ another: to come in; to shake hands and ask for the first time; to ask again aft
 ask at once again, to ask without ever being let in, or to send a request in crumbs. While a share is used up, those who
 want a turn of that kind wait, and what they say stays in the kernel, where it costs nothing, since nobody reads it.
 
-Of newcomers the last one is the next: the others have been overtaken already, and whoever floods is among them. All
-others have their turns in the order in which they came. But nobody has two in a row from one address while another
-waits. A loop that is not busy never makes anybody wait.
+Of newcomers the last one is the next: the others have been overtaken already, and whoever floods is among them; but
+every other turn is for the oldest of the last few, so that none is overtaken for ever by those that come again and
+again. All others have their turns in the order in which they came. In either case addresses take turns. A loop that is
+not busy never makes anybody wait.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ DOOR_SHARE, NEWCOMERS_SHARE, REGULARS_SHARE, OTHERS_SHARE = 0.005, 0.025, 0.01, 
 BURST_SECONDS = 0.1
 """How much processor time each kind may take at once, after a quiet while."""
 
+_LAST_FEW = 4
 _ROUND_SECONDS = 0.001  # between two rests: after each the processor's caches are cold, and the first turn is dear
 _LONGEST_TURN = 0.01  # what takes longer is a garbage collection of the whole process, which falls on any thread
 
@@ -64,6 +66,7 @@ class Turns:
         self._resting = False
         self._waiting: dict[asyncio.Future[None], str] = {}
         self._last_address = ""
+        self._last_is_next = True
         self._release_is_due = False
 
     @property
@@ -114,6 +117,9 @@ class Turns:
         loop.call_soon(self._release)  # after it
 
     def _choose(self) -> asyncio.Future[None]:
-        in_order = list(reversed(self._waiting) if self._last_first else self._waiting)
+        in_order = list(self._waiting)
+        if self._last_first:
+            in_order = in_order[::-1] if self._last_is_next else in_order[-_LAST_FEW:]
+            self._last_is_next = not self._last_is_next
         others = (turn for turn in in_order if self._waiting[turn] != self._last_address)
         return next(others, in_order[0])
