@@ -72,10 +72,7 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         recent=before.recent.after(NOW, layers, 1),
         history=before.history.after(NOW, timestamp, inf, nan, "policy.weight"),
         amp=AmpState(scale=1024.0, skips=3, consecutive_skips=2, warm=True),
-        found_damage=Damage(
-            parameters=(LayerCounts("policy.weight", 0, 3, 64),),
-            optimizer=(LayerCounts("exp_avg of policy.weight", 1, 3, 64),),
-        ),
+        found_damage=Damage(),
         cause="forward of policy",
         last_good_check=GoodCheck(check=38, timestamp=timestamp - 41, step=38),
         skipped_updates={"amp": 3, "intervention": 0},
@@ -96,4 +93,15 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         ),
         ranks=of_ranks(inf, nan, timestamp),
         progress=TrainProgress(loss=0.75, learning_rate=3e-4, step=40, samples=640),
+    )
+
+
+def damaged():
+    """Return the same of a model that has taken it in."""
+    return replace(
+        bad(),
+        found_damage=Damage(
+            parameters=(LayerCounts("policy.weight", 0, 3, 64),),
+            optimizer=(LayerCounts("exp_avg of policy.weight", 1, 3, 64),),
+        ),
     )

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from esper_telemetry.exporters import samples
 from esper_telemetry.exporters.prometheus import EsperCollector
 from esper_telemetry.metrics import METRICS
-from tests.snapshots import NOW, Source, bad, fresh
+from tests.snapshots import NOW, Source, bad, damaged, fresh
 
 PAGE = Path(__file__).parent / "data" / "page.txt"
 
@@ -41,17 +41,17 @@ def values(snapshot):
 
 @pytest.mark.usefixtures("fixed")
 def test_the_whole_page_of_a_fixed_snapshot():
-    assert page(bad()) == PAGE.read_text()
+    assert page(damaged()) == PAGE.read_text()
 
 
 @pytest.mark.usefixtures("fixed")
 def test_openmetrics_says_the_same():
     shown = {
         (sample.name, *sample.labels.values()): sample.value
-        for family in parse_openmetrics(page(bad(), generate_openmetrics))
+        for family in parse_openmetrics(page(damaged(), generate_openmetrics))
         for sample in family.samples
     }
-    assert repr(shown) == repr(values(bad()))
+    assert repr(shown) == repr(values(damaged()))
 
 
 def test_counts_stand_at_0_and_what_was_not_measured_at_nan_from_the_start():
@@ -116,4 +116,6 @@ def test_every_metric_that_is_described_is_shown_and_no_other():
         "esper_otlp_export_failures_total",  # only pushed
         "esper_web_config_reload_failures_total",  # of the HTTP server
     }
-    assert {family.name + ("_total" if family.type == "counter" else "") for family in parse(page(bad()))} == described
+    assert {
+        family.name + ("_total" if family.type == "counter" else "") for family in parse(page(damaged()))
+    } == described

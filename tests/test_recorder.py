@@ -249,6 +249,52 @@ os.kill(os.getpid(), 9)
     assert read_recording(path).nan_count == 6
 
 
+class TestTheVerdict:
+    def test_it_is_written_into_the_file_when_it_is_known(self, tmp_path):
+        run = Run(tmp_path)
+        run.check(BAD)
+        [recording] = run.recordings
+        assert (recording.damage, recording.cause) == (None, None), "the step is still to come"
+        for parameter in run.model.parameters():
+            parameter.data -= 0.1 * parameter.grad
+        run.model(torch.ones(5, 3))
+        [recording] = run.recordings
+        assert recording.damage == "parameters"
+        assert recording.inf_count == 1
+
+    def test_a_model_that_took_no_harm_is_intact(self, tmp_path):
+        run = Run(tmp_path)
+        run.check(BAD)
+        run.check()
+        [recording] = run.recordings
+        assert recording.damage == "intact"
+
+    def test_where_it_began_is_written_too(self, tmp_path):
+        run = Run(tmp_path)
+        run.check(BAD)
+        run.check(BAD)
+        [recording] = run.recordings
+        assert recording.cause == "backward of 2"
+
+    def test_what_comes_after_the_episode_is_of_another(self, tmp_path):
+        run = Run(tmp_path)
+        run.check(BAD)
+        run.check(times=32)
+        run.model[0].weight.data[0, 0] = math.nan
+        run.check()
+        first, second = run.recordings
+        assert first.damage == "intact"
+        assert (second.damage, second.cause) == ("parameters", "parameter 0.weight")
+
+    def test_files_from_before_there_was_a_verdict_can_be_read(self, tmp_path):
+        run = Run(tmp_path)
+        run.check(BAD)
+        page = json.loads(run.files[0].read_text())
+        del page["damage"], page["cause"]
+        run.files[0].write_text(json.dumps(page))
+        assert run.recordings[0].damage is None
+
+
 class TestResultsThatArriveLater:
     """As on CUDA devices: by then the gradients are gone."""
 

@@ -12,10 +12,11 @@ from playwright.sync_api import expect
 
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
+from esper_telemetry.snapshot.damage import Damage, GoodCheck
 from esper_telemetry.snapshot.recent import LayerCounts
 from esper_telemetry.snapshot.train_progress import TrainProgress
 from tests import browser
-from tests.snapshots import Source, bad, fresh
+from tests.snapshots import Source, bad, damaged, fresh
 from tests.test_exporters_http import get
 
 STATES = ("healthy", "warning", "critical", "not_measuring", "stalled", "ended")
@@ -41,7 +42,7 @@ def after_check(inf=0, nan=0, seconds_ago=0.0, layers=(), **changes):
         nan=before.nan.after(nan, timestamp, origin),
         recent=before.recent.after(now, layers, (1 << len(layers)) - 1) if layers else before.recent,
         history=before.history.after(now, timestamp, inf, nan, origin),
-        **changes,
+        **{"cause": None, **changes},
     )
 
 
@@ -122,6 +123,25 @@ def test_each_state_says_what_it_is(page, source, state, inf, nan, text):
     expect(page.locator("#inf dd")).to_have_text(inf)
     expect(page.locator("#nan dd")).to_have_text(nan)
     expect(page).to_have_title(re.compile(f"^{state.replace('_', ' ').upper()}"))
+
+
+def test_the_verdict_stands_beside_the_count(page, source):
+    source.snapshot = after_check(nan=7)
+    shows(page, "critical", "7 NaN in one check", "The model is intact: go on.")
+    good = GoodCheck(check=9, timestamp=time.time() - 41, step=9)
+    source.snapshot = after_check(nan=7, found_damage=damaged().found_damage, cause="input", last_good_check=good)
+    shows(page, "critical", "Parameters damaged: stop, and go back to the last good checkpoint. It began in: input.")
+    shows(page, "critical", re.compile(r"Last good check 4\d s ago, 31 checks\."))
+    expect(page.locator("#model")).to_contain_text("Verdictparameters damagedBad in parameters3Bad in buffers0")
+    expect(page.locator("#model")).to_contain_text("exp_avg of policy.weight1 Inf and 3 NaN")
+    source.snapshot = after_check(found_damage=Damage(optimizer=damaged().found_damage.optimizer))
+    shows(page, "critical", "Optimizer state damaged: parameters are finite now, and will not be for long.")
+
+
+def test_a_model_that_nobody_has_looked_at_is_not_said_to_be_intact(page, source):
+    source.snapshot = after_check(found_damage=None)
+    shows(page, "healthy")
+    expect(page.locator("#model")).to_contain_text("Verdictnot looked at")
 
 
 def test_layers_that_could_not_be_measured_are_no_calm_zero(page, source):

@@ -9,8 +9,9 @@ import pytest
 
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.routes.status import read_status, status_json
+from esper_telemetry.snapshot.damage import Damage
 from esper_telemetry.snapshot.recent import LayerCounts
-from tests.snapshots import NOW, RUN, Source, bad, fresh
+from tests.snapshots import NOW, RUN, Source, bad, damaged, fresh
 from tests.test_exporters_http import get
 
 AT = 1.7e9  # the unix time of `bad`'s check, which was at NOW on the monotonic clock
@@ -21,7 +22,44 @@ def status(snapshot, seconds_later=1.0):
 
 
 def healthy_again(snapshot, seconds_later=1.0):
-    return replace(snapshot, inf_grad_count=0, nan_grad_count=0, grad_norm=1.5, layers=(), timestamp=AT + seconds_later)
+    return replace(
+        snapshot,
+        inf_grad_count=0,
+        nan_grad_count=0,
+        grad_norm=1.5,
+        layers=(),
+        found_damage=Damage(),
+        timestamp=AT + seconds_later,
+    )
+
+
+def test_a_damaged_model_is_critical_whatever_its_gradients_are():
+    for part in ("parameters", "buffers", "optimizer"):
+        damage = Damage(**{part: (LayerCounts("policy.weight", 1, 2, 64),)})
+        shown = status(replace(healthy_again(bad(), 200), found_damage=damage), 200)
+        assert (shown["state"], shown["tier"]) == ("critical", "healthy")
+        assert shown["model"]["damage"] == part
+        assert shown["model"]["elements"][part] == 3
+        [worst] = shown["model"]["worst"]
+        assert worst == {"part": part, "layer": "policy.weight", "inf": 1, "nan": 2, "elements": 64}
+
+
+def test_the_verdict_says_what_going_back_would_lose():
+    shown = status(damaged())["model"]
+    assert (shown["verdict"], shown["cause"]) == ("parameters damaged", "forward of policy")
+    good = {"check": 38, "timestamp": AT - 41, "age_seconds": 42.0, "checks_since": 2, "step": 38}
+    assert shown["last_good_check"] == good
+
+
+def test_a_model_that_nobody_has_looked_at_is_not_said_to_be_intact():
+    assert status(fresh())["model"] == {
+        "damage": None,
+        "verdict": None,
+        "elements": {"parameters": None, "buffers": None, "optimizer": None},
+        "worst": [],
+        "cause": None,
+        "last_good_check": None,
+    }
 
 
 def test_before_the_first_check_nothing_is_said_to_be_zero():
@@ -131,7 +169,7 @@ def fields(value, path=""):
 def test_every_field_is_documented_and_every_documented_field_exists():
     text = Path("docs/status-api.md").read_text()
     documented = set(re.findall(r"^\| `([a-z_\[\].]+)` \|", text, re.MULTILINE))
-    assert documented == set(fields(status(bad())))
+    assert documented == set(fields(status(damaged())))
 
 
 def test_a_check_that_could_not_measure_layers_is_no_healthy_one():

@@ -117,7 +117,8 @@ class GradientMonitor(Told, UntilClosed):
         self._checks = CheckMaker(self._latest, aids, amp)
         try:
             self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail, share)
-            self._verdict = Verdict(self._latest, self._gathering.watched, optimizers, damage_every, trap)
+            watched, amend = self._gathering.watched, None if recorder is None else recorder.amend
+            self._verdict = Verdict(self._latest, watched, optimizers, every=damage_every, trap=trap, on_news=amend)
         except ValueError:
             self._reaction.close()
             raise

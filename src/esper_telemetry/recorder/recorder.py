@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from esper_telemetry.recorder.recording import BadLayer, Element, PastCheck, Rec
 from esper_telemetry.scan import first_bad_elements
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.arrival import by_arrival
+from esper_telemetry.snapshot.damage import INTACT
 from esper_telemetry.snapshot.recent import MAX_LAYERS, LayerCounts
 
 logger = logging.getLogger("esper_telemetry")
@@ -110,6 +112,7 @@ class FlightRecorder:
         self._good_in_a_row = QUIET_CHECKS
         self._recordings = 0
         self._writer: threading.Thread | None = None
+        self._open: Recording | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
@@ -146,10 +149,24 @@ class FlightRecorder:
         moment = self._noted.pop(snapshot.checks, _UNKNOWN)
         self._remember(snapshot, moment)
         begins = bool(snapshot.layers) and self._begins_episode()
+        if self._begins_episode():
+            self._open = None
         self._good_in_a_row = 0 if snapshot.layers else self._good_in_a_row + 1
         if begins and self._recordings < RECORDINGS_PER_RUN:
             self._recordings += 1
-            self._record(self._recording(snapshot, moment))
+            self._open = self._recording(snapshot, moment)
+            self._record(self._open)
+        else:
+            self.amend(snapshot)
+
+    def amend(self, snapshot: Snapshot) -> None:
+        """Write the verdict into the file of this episode, where it has become known or has changed."""
+        before = self._open
+        if self._writer is not None and self._writer.is_alive():
+            return  # the next look tries again
+        if before is not None and (before.damage, before.cause) != (snapshot.damage, snapshot.cause):
+            self._open = replace(before, damage=snapshot.damage, cause=snapshot.cause)
+            self._record(self._open)
 
     def close(self) -> None:
         """Wait for a file that is being written, a second at most."""
@@ -211,6 +228,8 @@ class FlightRecorder:
             layers_left_out=len(snapshot.layers) - len(layers),
             history=tuple(self._history),
             layer_norms=self._series(list(dict.fromkeys(shown))[:_SERIES]),
+            damage=None if snapshot.damage == INTACT else snapshot.damage,  # the step is still to come
+            cause=snapshot.cause,
         )
 
     def _series(self, layer_names: Sequence[str]) -> dict[str, tuple[float | None, ...]]:
@@ -234,8 +253,11 @@ class FlightRecorder:
             recording.write(path)
             _remove_oldest(self._folder)
         except Exception:
+            self._open = None
             self._on_failure(f"{path} was not written")
         else:
+            if recording.damage is not None:
+                return  # it was said when the file was made
             logger.warning(
                 "esper: check %d found Inf %d, NaN %d, first in %s; recorded in %s",
                 *(recording.check, recording.inf_count, recording.nan_count, recording.origin_layer, path),

@@ -77,6 +77,7 @@ class Recording:
     history: the last checks, oldest first; the last one is the bad one.
     layer_norms: of the origin, its clean neighbours and the worst layers, one norm per check of the history; None
         where there was no gradient, or where the check is too long ago for a model of so many layers.
+    damage, cause: the verdict, as in a snapshot; it is written into the file when it is known, and None before.
     """
 
     run_id: str
@@ -100,6 +101,8 @@ class Recording:
     layers_left_out: int
     history: tuple[PastCheck, ...]
     layer_norms: Mapping[str, tuple[float | None, ...]]
+    damage: str | None = None
+    cause: str | None = None
 
     def write(self, path: Path) -> None:
         """Write the recording as a whole or not at all, and see it onto the disk."""
@@ -186,7 +189,8 @@ _READERS: Mapping[str, Any] = {
 
 def _plain(kind: type, page: Mapping[str, Any]) -> dict[str, Any]:
     plain = [field for field in fields(kind) if field.type in _READERS]
-    return {field.name: _READERS[str(field.type)](page[field.name]) for field in plain}
+    given = {field.name: None for field in plain if field.default is None} | dict(page)
+    return {field.name: _READERS[str(field.type)](given[field.name]) for field in plain}
 
 
 def _whole(value: Any) -> int:

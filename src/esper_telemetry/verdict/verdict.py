@@ -54,16 +54,27 @@ class Verdict:
 
     every: checks between two looks while all is well.
     trap: whether to look in the forward for where trouble began.
+    on_news: called when a look was made in trouble.
 
     Raise ValueError when there is no such number.
     """
 
-    def __init__(self, latest: Latest, model: Model, given: Sequence[Optimizer], every: int, trap: bool) -> None:
+    def __init__(
+        self,
+        latest: Latest,
+        model: Model,
+        given: Sequence[Optimizer],
+        *,
+        every: int,
+        trap: bool,
+        on_news: Callable[[Snapshot], None] | None = None,
+    ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"damage_every: expected at least 1, got {every}")
         self._latest = latest
         self._model = model
         self._every = every
+        self._on_news = on_news
         self.optimizers = Optimizers(given, model.parameters)
         self._looks = Looks(self._take)
         self._trap = Trap(model, self.before_forward, trap, latest.fail)
@@ -203,3 +214,5 @@ class Verdict:
                 counts = worst.inf_count, worst.nan_count, worst.layer_name
                 logger.warning("esper: %s: Inf %d, NaN %d in %s", WORDS[found.word], *counts)
         self._latest.change(**changes)
+        if self._in_trouble and not before_step and self._on_news is not None:
+            self._on_news(self._latest.snapshot)

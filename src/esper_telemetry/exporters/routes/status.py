@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from esper_telemetry.health import HealthTier
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.damage import INTACT, PARTS, WORDS
 from esper_telemetry.snapshot.history import SLOT_SECONDS
 from esper_telemetry.snapshot.recent import MAX_LAYERS, LayerCounts
 
@@ -37,7 +38,7 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
     return {
         "version": version("esper-telemetry"),
         "now": now,
-        "state": _state(tier, liveness, unmeasured),
+        "state": _state(tier, liveness, unmeasured, snapshot.damage),
         "tier": _name(tier),
         "liveness": liveness,
         "worst": worst,
@@ -47,6 +48,7 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
         "last_check": _last_check(snapshot, now),
         "stalled_after_seconds": snapshot.history.stalled_seconds,
         "trouble": _trouble(snapshot),
+        "model": _model(snapshot, now),
         "inf": asdict(snapshot.inf),
         "nan": asdict(snapshot.nan),
         "layers": [_layer(layer) for layer in recent.layers or snapshot.layers[:MAX_LAYERS]],
@@ -66,8 +68,10 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
     }
 
 
-def _state(tier: HealthTier | None, liveness: str, unmeasured: int) -> str | None:
+def _state(tier: HealthTier | None, liveness: str, unmeasured: int, damage: str | None) -> str | None:
     """Return what a banner should say: what is bad first, then what is not known; 0 only where all was measured."""
+    if damage not in (None, INTACT):
+        return _name(HealthTier.CRITICAL)
     if tier not in (None, HealthTier.HEALTHY):
         return _name(tier)
     if liveness != "measuring":
@@ -116,6 +120,31 @@ def _trouble(snapshot: Snapshot) -> Json | None:
         "last_timestamp": last,
         "origin_layer": trouble.origin_layer,
         "checks": trouble.checks,
+    }
+
+
+def _model(snapshot: Snapshot, now: float) -> Json:
+    """Return the verdict: what was damaged at the last look, where it began, and how much going back would lose."""
+    found, good = snapshot.found_damage, snapshot.last_good_check
+    return {
+        "damage": snapshot.damage,
+        "verdict": None if snapshot.damage is None else WORDS[snapshot.damage],
+        "elements": {part: None if found is None else found.elements(part) for part in PARTS},
+        "worst": [
+            {"part": part, **_layer(layer)}
+            for part in PARTS
+            for layer in (() if found is None else getattr(found, part)[:MAX_LAYERS])
+        ],
+        "cause": snapshot.cause,
+        "last_good_check": None
+        if good is None
+        else {
+            "check": good.check,
+            "timestamp": good.timestamp,
+            "age_seconds": max(0.0, now - good.timestamp),
+            "checks_since": snapshot.checks - good.check,
+            "step": good.step,
+        },
     }
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from esper_telemetry.recorder.recording import BadLayer, PastCheck, Recording
+from esper_telemetry.snapshot.damage import WORDS
 
 
 def number(value: float | None) -> str:
@@ -37,11 +38,21 @@ def facts(recording: Recording) -> dict[str, str]:
     return {
         "check": f"{recording.check}, at {moment(recording.timestamp)}",
         **batch,
+        **_verdict(recording),
         "run": f"{recording.run_id}, rank {recording.rank} of {recording.world_size}",
         "where": f"{recording.host}, process {recording.pid}, {', '.join(recording.devices) or 'no device'}",
         "covered": f"{recording.elements:,} elements in {recording.watched_layers} layers",
         "versions": ", ".join(f"{name} {version}" for name, version in recording.versions.items()),
     }
+
+
+def _verdict(recording: Recording) -> dict[str, str]:
+    told = {}
+    if recording.damage is not None:
+        told["model"] = WORDS.get(recording.damage, recording.damage)
+    if recording.cause is not None:
+        told["began in"] = recording.cause
+    return told
 
 
 def trails(recording: Recording) -> dict[str, Sequence[float | None]]:
