@@ -47,19 +47,19 @@ LOCAL_NAN_GRAD_RECENT_MAX = _gauge(
 )
 UNMEASURED_LAYERS = _gauge(
     "esper_unmeasured_layers",
-    "Most layers whose gradient arrived and was not measured, in one check of the recent window.",
+    "Largest number of layers in one check of the recent window whose gradient was not measured.",
     "{layer}",
 )
 RECENT_WINDOW = _gauge("esper_recent_window_seconds", "Length of the recent window.", "s")
-CHECKS = _counter("esper_checks_total", "Measurements made; 0 means that nothing was measured yet.", "{check}")
+CHECKS = _counter("esper_checks_total", "Checks made; 0 means that nothing was measured yet.", "{check}")
 NONFINITE_CHECKS = _counter(
     "esper_nonfinite_checks_total",
-    "Checks that found elements of that kind, by tier: warning is 1 to 5, critical more.",
+    "Checks that found this kind, by tier: 1 to 5 elements is warning, more is critical.",
     "{check}",
     ("kind", "tier"),
 )
 NONFINITE_GRADS = _counter(
-    "esper_nonfinite_grads_total", "Bad elements of that kind, summed over checks.", "{element}", ("kind",)
+    "esper_nonfinite_grads_total", "Elements of this kind, summed over all checks.", "{element}", ("kind",)
 )
 UNMONITORED_STEPS = _counter(
     "esper_unmonitored_steps_total", "Optimizer steps with gradients of the model that no check preceded.", "{step}"
@@ -72,7 +72,7 @@ GRAD_SCOPE = _gauge(
 LAST_CHECK = _gauge("esper_last_check_timestamp_seconds", "Unix time of the last check; NaN before the first.", "s")
 LAST_NONFINITE = _gauge(
     "esper_last_nonfinite_timestamp_seconds",
-    "Unix time of the last check that found that kind; NaN while there was none.",
+    "Unix time of the last check that found this kind; NaN before the first.",
     "s",
     ("kind",),
 )
@@ -86,23 +86,25 @@ EXPLODING_LAYERS = _gauge(
 )
 LAYER_INF_GRAD_COUNT = _gauge(
     "esper_layer_inf_grad_count",
-    "Most Inf elements in one check of the recent window, the worst bad layers only.",
+    "Most Inf elements in one check of the recent window; worst layers only.",
     "{element}",
     ("layer",),
 )
 LAYER_NAN_GRAD_COUNT = _gauge(
     "esper_layer_nan_grad_count",
-    "Most NaN elements in one check of the recent window, the worst bad layers only.",
+    "Most NaN elements in one check of the recent window; worst layers only.",
     "{element}",
     ("layer",),
 )
-LAYERS_DROPPED = _gauge("esper_layers_dropped", "Bad layers of the recent window that have no series.", "{layer}")
+LAYERS_DROPPED = _gauge(
+    "esper_layers_dropped", "Bad layers of the recent window that have no series of their own.", "{layer}"
+)
 LAYER_GRAD_NORM = _gauge(
-    "esper_layer_grad_norm", "L2 norm of the layer's gradient before clipping, the largest only.", labels=("layer",)
+    "esper_layer_grad_norm", "L2 norm of the layer's gradient before clipping; largest only.", labels=("layer",)
 )
 ORIGIN_LAYER = _gauge(
     "esper_origin_layer_info",
-    "Layer nearest the loss that held that kind in the last check that found it: where it began.",
+    "Layer nearest the loss in the last check that found this kind: where it began.",
     labels=("layer", "kind"),
 )
 HEAD_GRAD_NORM = _gauge(
@@ -110,15 +112,15 @@ HEAD_GRAD_NORM = _gauge(
 )
 HEAD_NONFINITE_LATCHED = _gauge(
     "esper_head_nonfinite_latched",
-    "1 when any check of this run found that kind in the head.",
+    "1 if any check of this run found this kind in the head.",
     labels=("head", "kind"),
 )
 SKIPPED_UPDATES = _counter(
-    "esper_skipped_updates_total", "Optimizer steps that were not taken, by reason.", "{update}", ("reason",)
+    "esper_skipped_updates_total", "Optimizer steps that were skipped, by reason.", "{update}", ("reason",)
 )
 AMP_SCALE = _gauge("esper_amp_scale", "Scale of the watched GradScaler.")
 AMP_CONSECUTIVE_SKIPS = _gauge(
-    "esper_amp_consecutive_skips", "Optimizer steps in a row that the watched GradScaler skipped.", "{update}"
+    "esper_amp_consecutive_skips", "Consecutive optimizer steps skipped by the watched GradScaler.", "{update}"
 )
 NONFINITE_PARAMETERS = _gauge(
     "esper_nonfinite_parameters",
@@ -165,26 +167,28 @@ PPO_UPDATE_SECONDS = _gauge("esper_ppo_update_seconds", "Duration of the last PP
 PPO_UPDATES = _counter("esper_ppo_updates_total", "PPO updates made.", "{update}")
 PPO_EPISODES = _counter("esper_ppo_episodes_total", "Episodes finished.", "{episode}")
 COLLECT_ERRORS = _counter(
-    "esper_exporter_collect_errors_total", "Pages that could not be built from the snapshot.", "{error}"
+    "esper_exporter_collect_errors_total", "Scrapes that failed because the page could not be built.", "{error}"
 )
-SCRAPE_DURATION = _gauge(
-    "esper_exporter_scrape_duration_seconds", "Time that building the page before this one took.", "s"
-)
+SCRAPE_DURATION = _gauge("esper_exporter_scrape_duration_seconds", "Time taken to build the previous page.", "s")
 WEB_CONFIG_RELOAD_FAILURES = _counter(
     "esper_web_config_reload_failures_total",
-    "Changes of the web config that were no good; the old one stayed.",
+    "Web config reloads that failed; the previous configuration stays in use.",
     "{reload}",
 )
 OTLP_EXPORT_FAILURES = _counter(
-    "esper_otlp_export_failures_total", "Pushes over OTLP that did not arrive; only OTLP shows it.", "{push}"
+    "esper_otlp_export_failures_total", "OTLP pushes that failed; exported over OTLP only.", "{push}"
 )
-TRAIN_LOSS = _gauge("esper_train_loss", "Loss as the training loop told it last; NaN while it told none.")
+TRAIN_LOSS = _gauge("esper_train_loss", "Loss last reported by the training loop; NaN until reported.")
 TRAIN_LEARNING_RATE = _gauge(
-    "esper_train_learning_rate", "Learning rate as the training loop told it last; NaN while it told none."
+    "esper_train_learning_rate", "Learning rate last reported by the training loop; NaN until reported."
 )
-TRAIN_STEP = _gauge("esper_train_step", "Step as the training loop told it last; NaN while it told none.", "{step}")
-TRAIN_SAMPLES = _counter("esper_train_samples_total", "Samples that the training loop has processed.", "{sample}")
-MONITOR_ERRORS = _counter("esper_monitor_errors_total", "Checks that failed by a fault of the monitor.", "{error}")
+TRAIN_STEP = _gauge("esper_train_step", "Step last reported by the training loop; NaN until reported.", "{step}")
+TRAIN_SAMPLES = _counter(
+    "esper_train_samples_total", "Samples processed, as reported by the training loop.", "{sample}"
+)
+MONITOR_ERRORS = _counter(
+    "esper_monitor_errors_total", "Checks that failed because of an error in esper-telemetry.", "{error}"
+)
 MONITOR_SECONDS = _counter("esper_monitor_seconds_total", "Time spent measuring in the training thread.", "s")
 GLOBAL_INF_GRAD_RECENT_MAX = _gauge(
     "esper_global_inf_grad_recent_max",
@@ -221,10 +225,12 @@ RANK_ORIGIN_LAYER = _gauge(
     "Place of the rank among those that went bad, 1 for the first, with the layer where it began; the worst 5 ranks.",
     labels=("rank", "host", "layer"),
 )
-RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed: no further check is to come.")
+RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed; no more checks will follow.")
 RUN_INFO = _gauge(
-    "esper_run_info", "The run behind this target.", labels=("run_id", "rank", "world_size", "host", "pid")
+    "esper_run_info", "Identity of the run behind this target.", labels=("run_id", "rank", "world_size", "host", "pid")
 )
-BUILD_INFO = _gauge("esper_build_info", "Versions in use.", labels=("version", "torch", "python"))
+BUILD_INFO = _gauge(
+    "esper_build_info", "Versions of esper-telemetry, PyTorch and Python.", labels=("version", "torch", "python")
+)
 
 METRICS = tuple(value for value in globals().values() if isinstance(value, Metric))
