@@ -44,10 +44,10 @@ def panels() -> list[Placed]:
 def _state() -> Panel:
     return number(
         "State",
-        "The worst state among the chosen runs, and whose it is; every tile beside it speaks of that one. HEALTHY: "
+        "The worst state among the chosen runs, and whose it is; every tile beside it shows that run. HEALTHY: "
         "checks were made in the last 5 minutes, none was bad. WARNING: one check found 1 to 5 Inf or NaN. CRITICAL: "
-        "more than 5. NOT MEASURING: no check for 5 minutes, or none ever, or layers that nobody could measure. GONE: "
-        "listed, does not answer, and never said that its run ended. ENDED: it did say so. DRILL: only a made-up value "
+        "more than 5. NOT MEASURING: no check for 5 minutes, or none ever, or layers that could not be measured. GONE: "
+        "listed but not answering, and its run was not reported as ended. ENDED: it was. DRILL: only a made-up value "
         "is bad. Normal is HEALTHY. Needs the recording rules of alerts/rules.yml.",
         now(q.headline_state(), RUN),
         words=STATE_WORDS,
@@ -102,7 +102,7 @@ def _first_bad_layer() -> Panel:
 def _since() -> Panel:
     return number(
         "In trouble since",
-        "When the oldest alert on this run that is still on began: Inf, NaN, gone, or not measuring. Normal is none.",
+        "Start of the oldest alert on this run that still fires: Inf, NaN, gone, or not measuring. Normal is none.",
         now(q.headline_since()),
         unit="dateTimeFromNow",
         words={"0": ("not now", CALM)},
@@ -114,7 +114,7 @@ def _since() -> Panel:
 def _last_check() -> Panel:
     return number(
         "Since the last check",
-        "Time since gradients of this run were last looked at, by the trainer's clock. Normal is a few seconds, or one "
+        "Time since this run's gradients were last checked, by the trainer's clock. Normal is a few seconds, or one "
         "training step; a count of 0 means nothing without it. A run that ended has none.",
         now(q.headline_unchecked_seconds()),
         unit="s",
@@ -126,8 +126,8 @@ def _last_check() -> Panel:
 def _unmeasured() -> Panel:
     return number(
         "Layers not measured",
-        "Layers of this run whose gradient arrived in the last 5 minutes and was gone before anybody could measure it. "
-        "Normal is 0; where it is not, a count of 0 is no good news.",
+        "Layers of this run whose gradient could not be measured in the last 5 minutes. "
+        "Normal is 0; otherwise a count of 0 does not cover them.",
         now(q.headline_unmeasured()),
         steps=((None, GREY), (0, CALM), (1, ORANGE)),
         no_value=NOT_MEASURED,
@@ -137,7 +137,7 @@ def _unmeasured() -> Panel:
 def _alerts() -> Panel:
     panel = number(
         "Alerts firing",
-        "Alerts on all chosen instances, the watchdog left out: critical ones page, warnings go to chat. Normal is 0 "
+        "Alerts on all chosen instances, without the watchdog: critical ones page, warnings go to chat. Normal is 0 "
         "of both; the row below names them.",
         now(q.firing_count("critical"), "critical", "A"),
         now(q.firing_count("warning"), "warning", "B"),

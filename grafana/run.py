@@ -23,7 +23,7 @@ def panels() -> list[Placed]:
 def _skipped() -> Panel:
     return graph(
         "Skipped updates",
-        "Optimizer steps that were not taken: amp is the GradScaler's own doing, intervention is on_critical. Normal "
+        "Optimizer steps that were skipped: amp by the GradScaler itself, intervention by on_critical. Normal "
         "is none, or now and then one by amp when it tries a larger scale.",
         query(happened("esper_skipped_updates_total", "reason"), "{{reason}}"),
         stacked=True,
@@ -57,7 +57,7 @@ def _cost() -> Panel:
 def _pace() -> Panel:
     return graph(
         "Checks per second",
-        "How often gradients are looked at. Normal is one check per backward pass, steadily; 0 is not measuring.",
+        "How often gradients are checked. Normal is one check per backward pass, steadily; 0 is not measuring.",
         query(f"bottomk({q.LINES}, {rate('esper_checks_total')})", RUN),
         unit="cps",
     )
@@ -66,8 +66,8 @@ def _pace() -> Panel:
 def _errors() -> Panel:
     return graph(
         "Exporter errors",
-        "Pages that could not be built, checks that the monitor failed, pushes over OTLP and reloads of the web "
-        "configuration that failed, and layers that have no series because 50 others were worse. Normal is 0 of all.",
+        "Failed scrapes, checks, OTLP pushes and web config reloads, and layers without a series because 50 others "
+        "were worse. Normal is 0 of all.",
         query(happened("esper_exporter_collect_errors_total"), "pages not built", "A"),
         query(happened("esper_monitor_errors_total"), "checks failed", "B"),
         query(happened("esper_otlp_export_failures_total"), "pushes failed", "C"),
@@ -81,8 +81,8 @@ def _targets() -> Panel:
     up = q.select("up")
     panel = graph(
         "Targets",
-        "Listed instances of the chosen job that answer Prometheus, and those that do not. Normal is none that does "
-        "not, but for runs that ended and are still listed.",
+        "Targets of the chosen job that answer Prometheus, and those that do not. Normal is that all answer, except "
+        "for runs that ended and are still listed.",
         query(f"sum({up})", "answer", "A"),
         query(f"count({up}) - sum({up})", "do not answer", "B"),
     )

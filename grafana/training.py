@@ -13,7 +13,7 @@ def panels() -> list[Placed]:
         "How fast the loop processes samples. Normal is steady; a line that falls to 0 is a run that hangs.",
         query(rate("esper_train_samples_total"), RUN),
         unit="short",
-        no_value="No loop tells its samples",
+        no_value="No loop reports samples",
     )
     return [
         Placed(_told("Loss", "train_loss", "It should fall; a jump before a bad check is where to look."), 0, 0, 9, 7),
@@ -26,9 +26,9 @@ def panels() -> list[Placed]:
 def _told(title: str, metric: str, normal: str, unit: str = NONE) -> Panel:
     panel = graph(
         title,
-        f"As the training loop told it last, per instance: monitor.record(), or an integration. {normal}",
+        f"As last reported by the training loop, per instance: monitor.record(), or an integration. {normal}",
         query(latest(f"esper_{metric}"), RUN),
         unit=unit,
-        no_value="No loop tells it",
+        no_value="No loop reports it",
     )
     return free_axis(panel)

@@ -35,14 +35,14 @@ def add_assets(commands: Commands) -> None:
     command = commands.add_parser("assets", help="write rules, runbooks, dashboard and manifests", description=_ASSETS)
     command.set_defaults(run=_assets)
     default = Site()
-    command.add_argument("folder", metavar="DIR", type=Path, help="the folder to write to; made if it is missing")
+    command.add_argument("folder", metavar="DIR", type=Path, help="folder to write to; created if it is missing")
     command.add_argument(
         "--grafana-url", metavar="URL", default=default.grafana, help=f"your Grafana (default: {default.grafana})"
     )
     command.add_argument(
         "--runbook-url",
         metavar="URL",
-        help="where you serve the folder alerts/runbooks (default: the files that are written)",
+        help="where you serve alerts/runbooks (default: the files that are written)",
     )
     command.add_argument(
         "--alertmanager-url",

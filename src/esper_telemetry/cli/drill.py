@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ALERTS = {"inf": "EsperInfGradients", "nan": "EsperNaNGradients"}
 _POLL_SECONDS = 0.5
 _DRILL = (
-    "Make a running exporter, started with --allow-drill, show a made-up value that is labelled as a drill all the way "
-    "to the page; report when it arrives at each station; then clear it."
+    "Rehearse a page: make a running exporter, started with --allow-drill, show a made-up value that is labelled as a "
+    "drill; report when Prometheus, the rule and Alertmanager have it; then clear it."
 )
 
 
@@ -49,17 +49,19 @@ class Station:
 
 def add_drill(commands: Commands) -> None:
     """Add the command."""
-    command = commands.add_parser("drill", help="see a made-up bad gradient reach Alertmanager", description=_DRILL)
+    command = commands.add_parser("drill", help="rehearse a page with a made-up bad gradient", description=_DRILL)
     command.set_defaults(run=_drill)
     for server, port in (("exporter", DEFAULT_PORT), ("prometheus", 9090), ("alertmanager", 9093)):
         url = f"http://127.0.0.1:{port}"
         command.add_argument(f"--{server}", metavar="URL", default=url, help=f"the {server} (default: {url})")
     command.add_argument("--kind", choices=KINDS, default="inf", help="what the made-up check found (default: inf)")
-    command.add_argument("--count", type=whole, default=6, help="how many elements; 6 and more page (default: 6)")
-    command.add_argument("--timeout", metavar="SECONDS", type=seconds, default=120.0, help="limit (default: 120)")
-    command.add_argument("--ca-file", metavar="FILE", help="certificates to trust where a server speaks TLS")
-    command.add_argument("--user", metavar="NAME", help="who asks, for those of the three servers that want to know")
-    command.add_argument("--password-file", metavar="FILE", help="a file with the user's password")
+    command.add_argument("--count", type=whole, default=6, help="number of elements; 6 or more page (default: 6)")
+    command.add_argument(
+        "--timeout", metavar="SECONDS", type=seconds, default=120.0, help="give up after this long (default: 120)"
+    )
+    command.add_argument("--ca-file", metavar="FILE", help="CA certificates to trust, for servers that use TLS")
+    command.add_argument("--user", metavar="NAME", help="user name, for servers that ask for one")
+    command.add_argument("--password-file", metavar="FILE", help="file that holds the password")
 
 
 def run_drill(asked: Options, client: Client) -> Iterator[Station]:

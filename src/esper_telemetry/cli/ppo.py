@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from esper_telemetry.reference.faults import Fault
     from esper_telemetry.reference.ppo import PPOJob, Summary
 
-_PPO = "Train a PPO agent with its gradients watched, and serve what is measured at /metrics."
+_PPO = "Train a PPO agent with its gradients watched, and serve the metrics at /metrics."
 
 
 def add_ppo(commands: Commands) -> None:
@@ -37,7 +37,7 @@ def add_ppo(commands: Commands) -> None:
         "--on-critical",
         choices=POLICIES,
         default="continue",
-        help="what to do when a check finds more than 5 bad elements of a kind: go on, skip that optimizer step, or "
+        help="what to do when a check finds more than 5 Inf or NaN elements: go on, skip that optimizer step, or "
         "halt with exit code 3 (default: continue)",
     )
     _add_serving(ppo)
@@ -57,15 +57,15 @@ def _add_serving(ppo: argparse.ArgumentParser) -> None:
         "--linger",
         metavar="SECONDS",
         type=seconds,
-        help="at exit, stay up this long at most until the last state was scraped (default: ESPER_LINGER_SECONDS, or "
-        "as long as it takes: one and a half scrape intervals, 90 s at most)",
+        help="at exit, wait at most this long for the last state to be scraped (default: ESPER_LINGER_SECONDS, or one "
+        "and a half scrape intervals, at most 90 s)",
     )
     ppo.add_argument("--hold", action="store_true", help="after training, keep serving until Ctrl-C")
     ppo.add_argument(
         "--web.config.file",
         dest="web_config_file",
         metavar="FILE",
-        help="serve with TLS and passwords as FILE says, in the format that Prometheus's exporters share",
+        help="serve with TLS and passwords, as configured in FILE (the web config file of Prometheus's exporters)",
     )
     ppo.add_argument("--allow-drill", action="store_true", help="let `esper drill` on this host show a made-up value")
 
@@ -79,12 +79,12 @@ def _add_exports(ppo: argparse.ArgumentParser) -> None:
     ppo.add_argument(
         "--otlp-endpoint",
         metavar="URL",
-        help="also push the metrics to an OpenTelemetry receiver, such as http://127.0.0.1:4318; OTEL_* variables hold",
+        help="also push the metrics to an OpenTelemetry receiver such as http://127.0.0.1:4318; obeys OTEL_* variables",
     )
     ppo.add_argument(
         "--record-dir",
         metavar="DIR",
-        help="record the first bad check of each episode of trouble in a file in DIR, for `esper report`",
+        help="write a recording of the first bad check of each episode to DIR, for `esper report`",
     )
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from esper_telemetry.cli.parser import EXIT_USAGE, Commands
 
-_REPORT = "Show a recording of the flight recorder: what was bad, where it began, and the checks before."
+_REPORT = "Show a recording of the flight recorder: what was bad, where it began, and the checks before it."
 
 
 def add_report(commands: Commands) -> None:
     """Add the command."""
-    command = commands.add_parser("report", help="show what the flight recorder wrote", description=_REPORT)
+    command = commands.add_parser("report", help="show a recording of the flight recorder", description=_REPORT)
     command.set_defaults(run=_report)
     command.add_argument("file", metavar="FILE", type=Path, help="a recording, from the folder given as record_dir")
-    command.add_argument("--html", metavar="OUT", type=Path, help="also write a page with plots, complete in one file")
+    command.add_argument("--html", metavar="OUT", type=Path, help="also write a self-contained HTML page with plots")
 
 
 def _report(options: argparse.Namespace) -> int:

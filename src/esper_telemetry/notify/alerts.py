@@ -15,7 +15,8 @@ _NAMES = {"inf": ("Inf", "EsperInfGradients"), "nan": ("NaN", "EsperNaNGradients
 _ADVICE = {
     "inf": "Inf can recover: see whether the next checks are clean. If not, stop at the last good checkpoint and lower "
     "the learning rate or the loss scale.",
-    "nan": "NaN does not recover once a step was taken with it: stop the run and go back to the last good checkpoint.",
+    "nan": "NaN does not recover once a step has been taken with it: stop the run and go back to the last good "
+    "checkpoint.",
 }
 _NO_TIME = "0001-01-01T00:00:00Z"  # how Go writes that there is none
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
