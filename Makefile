@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadgroup
 
-.PHONY: run test test-lowest lint docs dist stack stack-ranks soak bench bench-gpu bench-serving screenshots clean
+.PHONY: run test test-lowest lint docs dist stack stack-ranks soak bench bench-gpu bench-ranks bench-serving screenshots clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
@@ -51,6 +51,9 @@ bench: $(INSTALLED)  ## Measure the cost side by side with what people use today
 
 bench-gpu:  ## Measure the cost on an NVIDIA GPU, with the torch and Triton of $(PYTHON); about 5 minutes
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --out benchmarks
+
+bench-ranks: $(INSTALLED)  ## Measure a check and a vote on two ranks, against one process; about 2 minutes
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.ranks
 
 bench-serving: $(INSTALLED)  ## Attack an exporter, and measure what its training thread feels; about 10 minutes
 	$(BIN)/python -m benchmarks.serving --output benchmarks/SERVING.md

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from esper_telemetry import watch
@@ -170,3 +173,68 @@ class TestFourRanks:
         ranks = run_ranks(on_four_ranks, 4)
         for name in ranks[0]:
             check([rank[name] for rank in ranks], bad_rank=3)
+
+
+def sequence_parallel(rank):
+    """Make 7 NaN in the gradient of a norm, of which each rank has a summand."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    plan = {
+        "0": ColwiseParallel(output_layouts=Shard(0)),
+        "1": SequenceParallel(sequence_dim=0),
+        "2": ColwiseParallel(input_layouts=Shard(0), output_layouts=Replicate()),
+    }
+    monitor = watch(parallelize_module(model, mesh, plan))
+    healthy = model(batch(0)).sum()
+    healthy.backward()
+    first = seen(monitor)
+    norm = model[1].weight.grad.to_local() if rank == 1 else None
+    if norm is not None:
+        norm[:7] = float("nan")
+    monitor.update()
+    return first, seen(monitor)
+
+
+def plain_parameters(rank):
+    """Train without a wrapper: who has the same parameters is not known, unless it is said."""
+    found = []
+    for replicas in (None, dist.group.WORLD, lambda name, parameter: dist.group.WORLD if "2" in name else None):
+        model, faulty = faulty_mlp()
+        faulty.bad = 7
+        monitor = watch(model, replicas=replicas)
+        model(batch(0)).sum().backward()
+        found.append(seen(monitor))
+        monitor.close()
+    return found
+
+
+def experts(rank):
+    """Train experts that are a rank's own beside parameters that DDP keeps alike."""
+    shared, expert = faulty_mlp()
+    model = torch.nn.ModuleDict({"expert": expert, "shared": torch.nn.Linear(16, 16)})
+    model.forward = lambda given: shared[4](model["expert"](model["shared"](shared[0](given))))
+    model._ddp_params_and_buffers_to_ignore = {"expert.weight", "expert.bias"}
+    wrapped = DistributedDataParallel(model)
+    monitor = watch(wrapped)
+    expert.bad = 7 if rank == 1 else 0
+    wrapped(batch(rank)).sum().backward()
+    return seen(monitor)
+
+
+def without_wrappers(rank):
+    return sequence_parallel(rank), plain_parameters(rank), experts(rank)
+
+
+class TestWhatIsNotKnown:
+    def test_partial_gradients_and_plain_parameters_say_that_they_do_not_add_up(self):
+        ranks = run_ranks(without_wrappers)
+        for rank, ((first, then), (silent, said, function), expert) in enumerate(ranks):
+            assert not first["scope"][1], first
+            assert (first["nan"], first["owned"]) == (0, 0)
+            assert (then["nan"], then["owned"]) == ((7, None) if rank == 1 else (0, 0)), then
+            assert (silent["nan"], silent["owned"], silent["scope"][:2]) == (7, None, ("local", False))
+            assert (said["nan"], said["owned"]) == (7, 7 if rank == 0 else 0)
+            assert said["scope"][:2] == ("replica", True)
+            assert (function["owned"], function["scope"][:2]) == (7 if rank == 0 else 0, ("mixed", False))
+            assert (expert["nan"], expert["owned"], expert["local"]) == ((7, 7, 7) if rank == 1 else (0, 0, 0)), expert
+            assert expert["scope"][:2] == ("mixed", True)

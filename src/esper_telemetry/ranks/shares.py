@@ -54,7 +54,8 @@ def list_shares(
 ) -> list[Share]:
     """Return what this rank has of each parameter's gradient."""
     around = _Around(wrappers, _as_function(replicas))
-    return list(map(around.share, names, parameters))
+    shares = list(map(around.share, names, parameters))
+    return [WHOLE._replace(local=share.local) for share in shares] if dist.get_world_size() == 1 else shares
 
 
 def _owns(gradient: Any) -> bool | None:
@@ -76,7 +77,6 @@ class _Around:
 
     def __init__(self, wrappers: Wrappers, replicas: Callable[[str, Tensor], Any]) -> None:
         self._replicas = replicas
-        self._alone = dist.get_world_size() == 1
         self._shares: dict[int, Share] = {}
         for stage in wrappers.stages:
             if stage.group_size == dist.get_world_size():  # no rank is left that could hold the same stage
@@ -98,7 +98,7 @@ class _Around:
             return known.seen_in(parameter if parameter.grad is None else parameter.grad)
         if known is None and (given := self._replicas(name, parameter)) is not None:
             return Share("replica", dist.get_rank(given) == 0)
-        return known or (WHOLE if self._alone else Share("local", None))
+        return known or Share("local", None)
 
     def _take_in_ddp(self, ddp: Any) -> None:
         first = dist.get_rank(ddp.process_group) == 0
