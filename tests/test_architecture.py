@@ -84,13 +84,14 @@ def test_the_drawing_shows_the_arrows_that_no_others_imply():
 @pytest.mark.parametrize(
     ("room", "allowed"),
     [
+        ("arguments", set()),
         ("health", set()),
         ("metrics", set()),
         ("snapshot", {"health"}),
         ("scan", {"health"}),
         ("exporters/web", set()),
-        ("verdict", {"snapshot", "scan"}),
-        ("monitor", {"health", "snapshot", "scan", "ranks", "recorder", "verdict"}),
+        ("verdict", {"arguments", "snapshot", "scan"}),
+        ("monitor", {"arguments", "health", "snapshot", "scan", "ranks", "recorder", "verdict"}),
     ],
 )
 def test_a_room_imports_only_what_is_below_it(room, allowed):
@@ -100,7 +101,10 @@ def test_a_room_imports_only_what_is_below_it(room, allowed):
 def test_exporters_know_neither_the_monitor_nor_the_scan():
     for start, to in ARROWS:
         if start.startswith("exporters"):
-            assert to.startswith("exporters") or to in {"health", "metrics", "snapshot", "ranks"}, (start, to)
+            assert to.startswith("exporters") or to in {"arguments", "health", "metrics", "snapshot", "ranks"}, (
+                start,
+                to,
+            )
 
 
 @pytest.mark.parametrize(

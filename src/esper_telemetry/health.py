@@ -84,7 +84,10 @@ class GradientHealth:
 
 def aggregate_layer_gradient_health(stats: Iterable[LayerGradientStats]) -> GradientHealth:
     """Sum per-layer statistics; no layers give zeros and an empty mapping."""
-    layers = list(stats)
+    layers = list(stats) if isinstance(stats, Iterable) else [stats]
+    for layer in layers:
+        if not isinstance(layer, LayerGradientStats):
+            raise ValueError(f"stats: expected LayerGradientStats of layers, got {type(layer).__name__}")
     return GradientHealth(
         inf_grad_count=sum(layer.inf_count for layer in layers),
         nan_grad_count=sum(layer.nan_count for layer in layers),

@@ -12,13 +12,14 @@ import time
 import weakref
 from collections.abc import Iterator
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_telemetry import metrics
+from esper_telemetry import arguments, metrics
 from esper_telemetry.exporters.address import default_address, listen, listen_nearby, parse_address, url_of
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.routes.routes import Routes
-from esper_telemetry.exporters.samples import Sample, Source
+from esper_telemetry.exporters.samples import Sample, Source, snapshot_of
 from esper_telemetry.exporters.scrapers import LONGEST_WAIT, Scrapers
 from esper_telemetry.exporters.web.exchange import Request, Response
 from esper_telemetry.exporters.web.server import HttpServer
@@ -59,7 +60,7 @@ class Exporter:
 
     def follow(self, source: Source) -> None:
         """Serve another source from now on; a bad check of the one before that nobody has scraped is logged."""
-        _check_source(source)
+        snapshot_of("source", source)
         snapshot = self._routes.snapshot
         if not self._is_delivered():
             logger.warning(
@@ -79,7 +80,7 @@ class Exporter:
 
         seconds: wait so long at most.
         """
-        limit = math.inf if seconds is None else seconds
+        limit = math.inf if seconds is None else arguments.seconds("seconds", seconds)
         began = time.monotonic()
         said = False
         while (left := began + (most := min(self._worth_waiting(), limit)) - time.monotonic()) > 0:
@@ -95,11 +96,12 @@ class Exporter:
 
         linger: seconds at most, in place of those given to `start_exporter`.
         """
+        most = self._linger_seconds if linger is None else arguments.seconds("linger", linger)
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         try:
-            self.linger(self._linger_seconds if linger is None else linger)
+            self.linger(most)
         except KeyboardInterrupt:
             logger.warning("esper: interrupted; %s leaves now", self.url)
         finally:
@@ -177,12 +179,14 @@ def start_exporter(
     Raise ValueError when the source or the address is none or the web config no good, OSError when the address cannot
     be listened on, ImportError when there is a web config and the extra `server` is not installed.
     """
-    _check_source(source)
+    snapshot_of("source", source)
+    arguments.flag("allow_drill", allow_drill)
+    arguments.flag("strict", strict)
     linger = _seconds("ESPER_LINGER_SECONDS", os.environ.get("ESPER_LINGER_SECONDS")) if linger is None else linger
     if linger is not None:
         linger = _seconds("linger", linger)
     host, port = parse_address(default_address(source.snapshot.run.local_rank) if address is None else address)
-    access = None if web_config_file is None else _access(web_config_file)
+    access = None if web_config_file is None else _access(arguments.path("web_config_file", web_config_file))
     before = _open_at(host, port)
     if before is not None:
         logger.warning("esper: the exporter at %s is replaced by a new one", before.url)
@@ -213,12 +217,6 @@ def _listen(host: str, port: int, strict: bool) -> socket.socket:
         return listener
 
 
-def _check_source(source: object) -> None:
-    if not isinstance(getattr(source, "snapshot", None), Snapshot):
-        kind = type(source).__name__
-        raise ValueError(f"source: expected a monitor, as watch(model) returns it, got {kind}")
-
-
 def _seconds(name: str, given: object) -> float | None:
     if given is None or given == "":
         return None
@@ -236,7 +234,7 @@ def _ends_well() -> bool:
     return getattr(sys, "last_value", None) is None and threading.current_thread() is threading.main_thread()
 
 
-def _access(web_config_file: str | os.PathLike[str]) -> Access:
+def _access(web_config_file: Path) -> Access:
     from esper_telemetry.exporters.web.access import Access  # needs the extra
 
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import getattr_static
 from itertools import chain
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -35,6 +36,8 @@ class EsperCollector(Collector):
         labels: Mapping[str, str] | None = None,
         more: Callable[[], Iterable[Sample]] = tuple,
     ) -> None:
+        if getattr_static(source, "snapshot", None) is None:  # which is read at each scrape, and not before
+            raise ValueError(f"source: expected a monitor, as watch(model) returns it, got {type(source).__name__}")
         self._source = source
         self._labels = labels or {}
         self._more = more

@@ -20,6 +20,14 @@ from esper_telemetry.snapshot.recent import MAX_LAYERS
 version = cache(metadata.version)  # it reads a file
 
 
+def snapshot_of(name: str, given: object) -> Snapshot:
+    """Read the snapshot of what was given as a monitor; raise ValueError when it has none."""
+    snapshot = getattr(given, "snapshot", None)
+    if not isinstance(snapshot, Snapshot):
+        raise ValueError(f"{name}: expected a monitor, as watch(model) returns it, got {type(given).__name__}")
+    return snapshot
+
+
 class Source(Protocol):
     """Anything that has a snapshot."""
 

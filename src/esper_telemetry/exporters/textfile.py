@@ -20,8 +20,10 @@ from typing import Protocol
 
 from prometheus_client import generate_latest
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.prometheus import EsperCollector
+from esper_telemetry.exporters.samples import snapshot_of
 from esper_telemetry.snapshot import RunInfo, Snapshot
 
 logger = logging.getLogger("esper_telemetry")
@@ -52,8 +54,8 @@ class TextfileExporter:
     """
 
     def __init__(self, monitor: Watched, directory: str | os.PathLike[str]) -> None:
-        run = monitor.snapshot.run
-        self.path = Path(directory) / _file_name(run)
+        run = snapshot_of("monitor", monitor).run
+        self.path = arguments.path("directory", directory) / _file_name(run)
         # node_exporter reads *.prom only. A write that SIGTERM interrupts is finished by the one of its handler.
         self._draft = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")
         self._monitor = monitor

@@ -9,10 +9,12 @@ from typing import Any
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import Runs
 from esper_telemetry.integrations.safe import may_save
 from esper_telemetry.monitor import GradientMonitor, watch
+from esper_telemetry.monitor.steps import one_or_several
 from esper_telemetry.scan.layers import Model, named_roots
 
 try:
@@ -51,13 +53,16 @@ class EsperWatch:
         keep_last_good: bool = False,
         **options: Any,
     ) -> None:
+        if not callable(getattr(accelerator, "unwrap_model", None)):
+            raise ValueError(f"accelerator: expected an Accelerator, got {type(accelerator).__name__}")
+        arguments.flag("keep_last_good", keep_last_good)
         runs = Runs(address, strict)
         roots = {
             name: accelerator.unwrap_model(root) if isinstance(root, Module) else root
             for name, root in named_roots(model).items()
         }
         modules = [root for root in roots.values() if isinstance(root, Module)]
-        optimizers = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        optimizers = one_or_several(optimizer)
         self.monitor = runs.begin(
             modules[0] if modules else self,
             lambda: watch(roots, optimizer=optimizers, scaler=accelerator.scaler, **options),

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.lightning_checkpoints import KeepingCheckpointIO
 from esper_telemetry.integrations.run import Runs, stopping
 from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, Policy
+from esper_telemetry.monitor.reaction import check_policy
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,8 +57,9 @@ class EsperCallback(Callback):
         self.monitor: GradientMonitor | None = None
         self.exporter: Exporter | None = None
         self._runs = Runs(address, strict)
-        self._log = log
-        self._keep_last_good = keep_last_good
+        self._log = arguments.flag("log", log)
+        self._keep_last_good = arguments.flag("keep_last_good", keep_last_good)
+        check_policy(on_critical)
         self._on_critical = on_critical
         self._options = options
         self._to_log: WorstCheck | None = None

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.address import parse_address
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.page import Page, Run, find_page, make_page, shown
@@ -35,7 +36,7 @@ class Runs:
     def __init__(self, address: str | int | None, strict: bool) -> None:
         self.exporter: Exporter | None = None
         self._address = None if address is None else shown(*parse_address(address))
-        self._strict = strict
+        self._strict = arguments.flag("strict", strict)
         self._last: Run | None = None
 
     def begin(self, trained: object, start: Callable[[], GradientMonitor]) -> GradientMonitor:

@@ -46,6 +46,8 @@ class EsperCallback(BaseCallback):
         **options: Any,
     ) -> None:
         super().__init__()
+        if monitor is not None and not isinstance(monitor, GradientMonitor):
+            raise ValueError(f"monitor: expected a GradientMonitor, got {type(monitor).__name__}")
         self.monitor = monitor
         self.exporter: Exporter | None = None
         self.episodes = 0

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.http import Exporter
 from esper_telemetry.integrations.run import Runs, stopping
 from esper_telemetry.integrations.safe import may_save
 from esper_telemetry.integrations.worst_check import WorstCheck
 from esper_telemetry.monitor import GradientMonitor, Policy, watch
+from esper_telemetry.monitor.reaction import check_policy
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -49,8 +51,9 @@ class EsperCallback(TrainerCallback):
         self.monitor: GradientMonitor | None = None
         self.exporter: Exporter | None = None
         self._runs = Runs(address, strict)
-        self._log = log
-        self._keep_last_good = keep_last_good
+        self._log = arguments.flag("log", log)
+        self._keep_last_good = arguments.flag("keep_last_good", keep_last_good)
+        check_policy(on_critical)
         self._on_critical = on_critical
         self._options = options
         self._halted = False

@@ -14,6 +14,7 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.monitor.steps import parameter_ids
 from esper_telemetry.scan import Scan
 from esper_telemetry.scan.scalars import Scalars
@@ -48,8 +49,7 @@ class ScalerWatch:
         """
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise ValueError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
-        if max_skips < 0:
-            raise ValueError(f"max_amp_skips: expected at least 0, got {max_skips}")
+        arguments.whole("max_amp_skips", max_skips, at_least=0)
         return cls(scaler, optimizers, max_skips) if scaler is not None and scaler.is_enabled() else None
 
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer], max_skips: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from esper_telemetry import arguments
 from esper_telemetry.scan import Scan, find_dead_and_exploding
 
 _SHARE = 8  # trouble that has lasted n checks is looked at again after n / 8
@@ -21,9 +22,7 @@ class DeadLayers:
     """
 
     def __init__(self, every: int) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"statistics_every: expected at least 1, got {every}")
-        self._every = every
+        self._every = arguments.whole("statistics_every", every, at_least=1)
         self.forget()
 
     def forget(self) -> None:

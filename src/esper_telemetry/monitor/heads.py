@@ -10,8 +10,12 @@ from esper_telemetry.snapshot.heads import WatchedHeads
 Heads = Mapping[str, str | Sequence[str]]
 
 
-def heads_of(model: Model, heads: Heads) -> WatchedHeads:
+def heads_of(model: Model, heads: Heads) -> WatchedHeads | None:
     """Find the layers of each head, by any name that they have; raise ValueError when a head has none."""
+    if not isinstance(heads, Mapping):
+        raise ValueError(f"heads: expected a dict of head -> module name, got {type(heads).__name__}")
+    if not heads:
+        return None
     layers = list_layers(model)
     aliases = {alias: layer.name for layer in layers for alias in layer.aliases}
     return WatchedHeads.of(heads, [layer.name for layer in layers], aliases)

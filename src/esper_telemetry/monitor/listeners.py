@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from esper_telemetry import arguments
 from esper_telemetry.snapshot import Snapshot
 
 Listener = Callable[[Snapshot], None]
@@ -22,6 +23,7 @@ class Listeners:
 
     def add(self, listener: Listener) -> Callable[[], None]:
         """Tell this one too; return a function that ends that."""
+        arguments.function("listener", listener)
         self._listeners.append(listener)
         return partial(self._listeners.remove, listener)
 

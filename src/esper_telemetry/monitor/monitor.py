@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.monitor.amp import ScalerWatch
 from esper_telemetry.monitor.check_maker import Aids, CheckMaker
 from esper_telemetry.monitor.coverage import Measure
@@ -102,17 +102,18 @@ class GradientMonitor(Told, UntilClosed):
         attribution: bool = True,
         replicas: Replicas = None,
     ) -> None:
-        if not 0 < recent_window_seconds < math.inf:
-            raise ValueError(f"recent_window_seconds: expected seconds above 0, got {recent_window_seconds}")
+        recent_window = arguments.seconds_above_0("recent_window_seconds", recent_window_seconds)
         optimizers = list_optimizers(optimizer)
         self._watch_scaler = partial(ScalerWatch.of, optimizers=optimizers, max_skips=max_amp_skips)
         amp, dead_layers, run = self._watch_scaler(scaler), DeadLayers(statistics_every), run_info(run_id)
-        watched_heads = heads_of(model, heads) if heads else None
-        self._latest = Latest(Snapshot.before_first_check(run, float(recent_window_seconds), watched_heads))
+        watched_heads = None if heads is None else heads_of(model, heads)
+        self._latest = Latest(Snapshot.before_first_check(run, recent_window, watched_heads))
         join = partial(self._latest.join, run_id)
         share = partial(Sharing, attribution=attribution, replicas=check_replicas(replicas), on_join=join)
         recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._latest.fail)
         self._reaction = Reaction(on_critical, patience, optimizers, self._latest.count_dropped_step)
+        if before_check is not None:
+            arguments.function("before_check", before_check)
         aids = Aids(dead_layers, recorder, before_check, wait=self._reaction.needs_the_answer)
         self._checks = CheckMaker(self._latest, aids, amp)
         try:
@@ -202,7 +203,7 @@ class GradientMonitor(Told, UntilClosed):
 
     def flush(self, timeout: float = 10.0) -> None:
         """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""
-        self._listeners.tell(self._checks.flush(timeout))
+        self._listeners.tell(self._checks.flush(arguments.seconds("timeout", timeout)))
 
     def close(self) -> None:
         """Remove every hook and mark the snapshot as the run's last; a second call does nothing."""

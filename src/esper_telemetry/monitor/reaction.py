@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from esper_telemetry import arguments
 from esper_telemetry.health import CRITICAL_ABOVE, POLICIES, HealthTier
 from esper_telemetry.monitor.steps import Steps, check_can_drop, check_can_vote
 from esper_telemetry.ranks.vote import Found, Vote, several
@@ -32,6 +33,14 @@ class GradientsCritical(RuntimeError):
         self.snapshot = snapshot
 
 
+def check_policy(on_critical: object) -> None:
+    """Raise ValueError when it says nothing that can be done."""
+    if not callable(on_critical) and not (isinstance(on_critical, str) and on_critical in POLICIES):
+        raise ValueError(
+            f"on_critical: expected one of {', '.join(POLICIES)} or a callable, got {arguments.shown(on_critical)}"
+        )
+
+
 class Reaction:
     """Act on critical checks as `on_critical` and `patience` of the monitor say.
 
@@ -46,12 +55,10 @@ class Reaction:
     def __init__(
         self, on_critical: Policy, patience: int, optimizers: Sequence[Optimizer], on_drop: Callable[[], None]
     ) -> None:
-        if not callable(on_critical) and on_critical not in POLICIES:
-            raise ValueError(f"on_critical: expected one of {', '.join(POLICIES)} or a callable, got {on_critical!r}")
+        check_policy(on_critical)
         if on_critical == "skip":
             check_can_drop(optimizers)
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience: expected at least 1, got {patience}")
+        arguments.whole("patience", patience, at_least=1)
         self._on_critical = on_critical
         self._patience = patience
         self._critical_in_a_row = 0

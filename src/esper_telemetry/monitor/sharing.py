@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from esper_telemetry import arguments
 from esper_telemetry.monitor.tags import Tag
 from esper_telemetry.monitor.watched import Watched
 from esper_telemetry.ranks.shares import Local, Replicas, Share, list_shares
@@ -28,7 +29,7 @@ class Sharing:
 
     def __init__(self, watched: Watched, attribution: bool, replicas: Replicas, on_join: Callable[[], None]) -> None:
         self._watched = watched
-        self._attribution = attribution
+        self._attribution = arguments.flag("attribution", attribution)
         self._replicas = replicas
         self._on_join = on_join
         self._joined = False

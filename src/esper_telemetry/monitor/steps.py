@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 logger = logging.getLogger("esper_telemetry")
@@ -15,13 +16,19 @@ _VALUES = (bool, int, float, str, tuple, type(None))
 """What an optimizer counts with beside its tensors."""
 
 
+def one_or_several(optimizer: Any) -> list[Any]:
+    """List what was given, whatever it is."""
+    if isinstance(optimizer, Iterable) and not isinstance(optimizer, Tensor):
+        return list(optimizer)
+    return [] if optimizer is None else [optimizer]
+
+
 def list_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
     """List the optimizers, and see through wrappers such as those of Accelerate and Lightning.
 
     Raise ValueError when one is none.
     """
-    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-    given = [getattr(each, "optimizer", each) for each in given]
+    given = [getattr(each, "optimizer", each) for each in one_or_several(optimizer)]
     for each in given:
         if not isinstance(each, Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")

@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from esper_telemetry.arguments import shown
 from esper_telemetry.exporters.urls import is_loopback
 
 
@@ -33,7 +34,7 @@ def checked_url(url: str) -> Target:
     except (AttributeError, TypeError, ValueError):
         usable = False
     if not usable or " " in url:
-        raise ValueError(f"webhook: expected a URL such as http://127.0.0.1:5001/alerts, got {url!r}")
+        raise ValueError(f"webhook: expected a URL such as http://127.0.0.1:5001/alerts, got {shown(url)}")
     headers = {"Content-Type": "application/json", "User-Agent": "esper-telemetry"}
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.bell import Bell
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.urls import without_secrets
@@ -56,7 +57,7 @@ class Webhook:
         self._alerts = Alerts()
         self._said: float | None = None
         self._trouble: str | None = None
-        self._deadline_seconds = deadline
+        self._deadline_seconds = arguments.seconds("deadline", deadline)
         self._deadline: float | None = None
         self._closed = False
         self._pid = os.getpid()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.recorder.recording import BadLayer, Element, PastCheck, Recording
 from esper_telemetry.scan import first_bad_elements
 from esper_telemetry.snapshot import Snapshot
@@ -101,7 +102,7 @@ class FlightRecorder:
         optimizers: Sequence[Optimizer],
         on_failure: Callable[[str], None],
     ) -> None:
-        self._folder = Path(directory)
+        self._folder = arguments.path("record_dir", directory)
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._on_failure = on_failure
         self._noted: dict[int, _Moment] = {}

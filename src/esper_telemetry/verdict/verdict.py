@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.damage import INTACT, WORDS, Damage, GoodCheck
 from esper_telemetry.verdict.look import Looks
@@ -69,15 +70,13 @@ class Verdict:
         trap: bool,
         on_news: Callable[[Snapshot], None] | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"damage_every: expected at least 1, got {every}")
         self._latest = latest
         self._model = model
-        self._every = every
+        self._every = arguments.whole("damage_every", every, at_least=1)
         self._on_news = on_news
         self.optimizers = Optimizers(given, model.parameters)
         self._looks = Looks(self._take)
-        self._trap = Trap(model, self.before_forward, trap, latest.fail)
+        self._trap = Trap(model, self.before_forward, arguments.flag("trap", trap), latest.fail)
         self._since_look = 0
         self._quiet = QUIET_CHECKS
         self._is_due = False

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.otlp.variables import file, logger, milliseconds, of_metrics, word, words
 
 DEFAULT_ENDPOINT = "http://localhost:4318"
@@ -146,6 +147,8 @@ def _with_path(base: str) -> str:
 
 
 def _checked(name: str, url: str) -> str:
+    if not isinstance(url, str):
+        raise ValueError(f"{name}: expected a URL such as {DEFAULT_ENDPOINT}, got {arguments.shown(url)}")
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from esper_telemetry import arguments
 from esper_telemetry.exporters.bell import Bell
 from esper_telemetry.exporters.exit import at_exit, not_at_exit
 from esper_telemetry.exporters.otlp.environment import metrics_url, read_settings, read_silence, set_log_level
 from esper_telemetry.exporters.otlp.variables import logger
+from esper_telemetry.exporters.samples import snapshot_of
 from esper_telemetry.exporters.urls import without_secrets
 from esper_telemetry.snapshot import Snapshot
 
@@ -42,6 +44,8 @@ class OtlpExporter:
     """
 
     def __init__(self, monitor: Watched, endpoint: str | None, deadline: float) -> None:
+        snapshot_of("monitor", monitor)
+        self._deadline_seconds = arguments.seconds("deadline", deadline)
         set_log_level()
         self.url = without_secrets(metrics_url(endpoint))
         self._sender: OtlpSender | None = None
@@ -56,7 +60,6 @@ class OtlpExporter:
 
         self._sender = OtlpSender(monitor, settings)
         self._interval = settings.interval
-        self._deadline_seconds = deadline
         self._deadline: float | None = None
         self._news = Bell()
         self._stop = Bell()
