@@ -125,7 +125,7 @@ def report(results: dict[str, dict[str, float]], described: Any) -> str:
         "# Two ranks",
         "",
         f"Measured by `make bench-ranks`: a GPT of {one['elements'] / 1e6:.0f} M elements, {BATCH} x {LENGTH} tokens,",
-        "one thread in each process, medians of the slowest rank. (a) is what this rank's own backward made, (b) what its",
+        "one thread in each process, medians of the slowest rank. (a) is what a rank's own backward made, (b) what its",
         "optimizer sees.",
         "",
         "| set-up | step without | a check, (a) and (b) | of a step | against one process |",
