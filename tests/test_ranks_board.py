@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from esper_telemetry.ranks.board import SILENT_SECONDS, Board
 from esper_telemetry.ranks.row import KEPT, BadCheck, Row
+from esper_telemetry.snapshot.rank_share import GradScope
 from esper_telemetry.snapshot.ranks import RankPlace, worst_of
 from tests.snapshots import bad, fresh
 
@@ -170,4 +171,9 @@ def test_a_good_check_has_nothing_to_tell():
 def test_a_bad_check_tells_what_the_snapshot_says():
     told = BadCheck.of(replace(bad(2, 7), owned_inf_count=1, owned_nan_count=4))
     assert (told.check, told.inf, told.nan, told.own_inf, told.own_nan) == (40, 2, 7, 1, 4)
-    assert (told.local_inf, told.local_nan, told.layer) == (None, None, "policy.weight")
+    assert (told.local_inf, told.local_nan, told.layer) == (2, 7, "policy.weight")
+
+
+def test_what_was_not_measured_is_not_told_as_0():
+    told = BadCheck.of(replace(bad(2, 7), local=None, scope=GradScope("local", False, "update")))
+    assert (told.own_inf, told.own_nan, told.local_inf, told.local_nan) == (None, None, None, None)

@@ -13,10 +13,11 @@ from playwright.sync_api import expect
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
 from esper_telemetry.snapshot.damage import Damage, GoodCheck
-from esper_telemetry.snapshot.recent import LayerCounts
+from esper_telemetry.snapshot.ranks import Ranks
+from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 from esper_telemetry.snapshot.train_progress import TrainProgress
 from tests import browser
-from tests.snapshots import Source, bad, damaged, fresh
+from tests.snapshots import Source, bad, damaged, fresh, of_ranks
 from tests.test_exporters_http import get
 
 STATES = ("healthy", "warning", "critical", "not_measuring", "stalled", "ended")
@@ -406,3 +407,28 @@ def test_the_policy_lets_nothing_in_but_the_page_itself(exporter, page):
         "trusted-types": "'none'",
     }
     assert "unsafe" not in str(policy)
+
+
+def test_rank_0_shows_who_reports_and_which_rank_was_bad_first(page, source):
+    snapshot = after_check(nan=4)
+    bad_rank = replace(of_ranks(0, 7).bad[0], last=time.monotonic())
+    recent = RecentWindow(120.0).after(time.monotonic(), (LayerCounts("", 0, 7, 0),), 0)
+    source.snapshot = replace(snapshot, ranks=replace(of_ranks(), bad=(bad_rank,), recent=recent))
+    shows(page, "critical")
+    card = page.locator("#ranks-card")
+    expect(card).to_contain_text("2 of 2")
+    expect(card.locator("tbody td")).to_have_text(["1", "gpu-7", "policy.weight", "0", "7"])
+
+
+def test_another_rank_leads_to_rank_0(page, source):
+    run = replace(bad().run, rank=1, world_size=2)
+    ranks = replace(Ranks.unknown(2, 120.0), leader="http://10.0.0.1:19301")
+    source.snapshot = replace(after_check(), run=run, ranks=ranks)
+    shows(page, "healthy")
+    expect(page.get_by_role("link", name="rank 0 shows the run")).to_have_attribute("href", "http://10.0.0.1:19301")
+
+
+def test_a_run_of_one_has_no_card_of_ranks(page, source):
+    source.snapshot = replace(after_check(), ranks=None)
+    shows(page, "healthy")
+    expect(page.locator("#ranks-card")).to_be_hidden()

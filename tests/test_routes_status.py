@@ -10,8 +10,9 @@ import pytest
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.routes.status import read_status, status_json
 from esper_telemetry.snapshot.damage import Damage
+from esper_telemetry.snapshot.ranks import BadRank, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts
-from tests.snapshots import NOW, RUN, Source, bad, damaged, fresh
+from tests.snapshots import NOW, RUN, Source, bad, damaged, fresh, of_ranks
 from tests.test_exporters_http import get
 
 AT = 1.7e9  # the unix time of `bad`'s check, which was at NOW on the monotonic clock
@@ -182,3 +183,24 @@ def test_a_check_that_could_not_measure_layers_is_no_healthy_one():
 
 def test_what_is_bad_is_said_before_what_is_not_known():
     assert status(replace(bad(inf=2), unmeasured_layers=("a.weight",)))["state"] == "warning"
+
+
+def test_rank_0_shows_the_run_and_its_worst_check_is_that_of_the_run():
+    of_run = replace(of_ranks(0, 7), bad=(BadRank(1, "gpu-7", 0, 7, "head.weight", 40, AT, NOW),))
+    shown = status(replace(bad(0, 4), ranks=of_run))
+    assert (shown["state"], shown["worst"]) == ("critical", {"inf": 0, "nan": 7})
+    assert (shown["ranks"]["reporting"], shown["ranks"]["bad"], shown["ranks"]["nan"]) == (2, 1, 7)
+    (worst,) = shown["ranks"]["worst"]
+    assert (worst["place"], worst["rank"], worst["host"], worst["layer"]) == (1, 1, "gpu-7", "head.weight")
+
+
+def test_another_rank_knows_where_rank_0_is_and_not_what_the_run_found():
+    elsewhere = replace(Ranks.unknown(2, 120.0), leader="http://10.0.0.1:19301")
+    shown = status(replace(bad(0, 4), ranks=elsewhere))
+    assert (shown["state"], shown["worst"]) == ("warning", {"inf": 0, "nan": 4})
+    assert (shown["ranks"]["leader"], shown["ranks"]["expected"]) == ("http://10.0.0.1:19301", 2)
+    assert {shown["ranks"][name] for name in ("reporting", "gone", "inf", "nan", "exact", "bad")} == {None}
+
+
+def test_a_run_of_one_has_no_ranks_to_show():
+    assert status(fresh())["ranks"] is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from esper_telemetry.ranks.row import BadCheck, Row
@@ -50,6 +50,7 @@ class Board:
         self._rows: dict[int, Row] = {}
         self._heard: dict[int, float] = {}
         self._sums: OrderedDict[int, _Sums] = OrderedDict()
+        self._grown: set[int] = set()
         self._counted: dict[int, int] = {}
         self._bad: dict[int, BadRank] = {}
         self._inexact_until = -1.0
@@ -62,14 +63,16 @@ class Board:
         if before is not None and (before.place.host, before.process) != (row.place.host, row.process):
             self._counted.pop(rank, None)  # another process in its place begins to count anew
         self._rows[rank], self._heard[rank] = row, now
-        for check in row.bad:
-            if check.check > self._counted.get(rank, 0):
-                self._counted[rank] = check.check
+        counted = self._counted.get(rank, 0)
+        if new := [check for check in row.bad if check.check > counted]:
+            self._counted[rank] = max(check.check for check in new)
+            for check in new:
                 self._add(check, now)
-                self._blame(row, check, now)
+            self._blame(row, [check for check in new if check.local_inf or check.local_nan], now)
 
     def read(self, now: float) -> Ranks:
         """Return what is known at `now`."""
+        self._take_in_sums(now)
         rows = self._rows
         silent = {rank for rank, row in rows.items() if not row.ended and now - self._heard[rank] > SILENT_SECONDS}
         return Ranks(
@@ -88,23 +91,29 @@ class Board:
     def _add(self, check: BadCheck, now: float) -> None:
         sums = self._sums.setdefault(check.check, _Sums())
         sums.add(check)
-        while len(self._sums) > _CHECKS:
-            self._sums.popitem(last=False)
-        inf, nan = sums.counts()
-        if inf or nan:
-            self._recent = self._recent.after(now, (LayerCounts("", inf, nan, 0),), 0)
+        self._grown.add(check.check)
         if not sums.exact:
             self._inexact_until = now + self._recent.seconds
 
-    def _blame(self, row: Row, check: BadCheck, now: float) -> None:
-        inf, nan = check.local_inf or 0, check.local_nan or 0
-        if not (inf or nan):
+    def _take_in_sums(self, now: float) -> None:
+        """Put the checks that have grown into the recent window, and forget the oldest."""
+        if counts := [self._sums[check].counts() for check in self._grown]:
+            inf, nan = map(max, zip(*counts, strict=True))
+            if inf or nan:
+                self._recent = self._recent.after(now, (LayerCounts("", inf, nan, 0),), 0)
+        self._grown.clear()
+        while len(self._sums) > _CHECKS:
+            self._sums.popitem(last=False)
+
+    def _blame(self, row: Row, bad: Sequence[BadCheck], now: float) -> None:
+        """Take note of what the rank's own backward made."""
+        if not bad:
             return
-        rank = row.place.rank
+        rank, first = row.place.rank, bad[0]
+        inf, nan = (max(counts) for counts in zip(*((b.local_inf or 0, b.local_nan or 0) for b in bad), strict=True))
         known = self._bad.get(rank)
         if known is None or now - known.last > self._recent.seconds:
-            host = row.place.host
-            self._bad[rank] = BadRank(rank, host, inf, nan, check.layer, check.check, check.timestamp, now)
+            self._bad[rank] = BadRank(rank, row.place.host, inf, nan, first.layer, first.check, first.timestamp, now)
         else:
             worst = max(inf, known.inf_count), max(nan, known.nan_count)
             self._bad[rank] = replace(known, inf_count=worst[0], nan_count=worst[1], last=now)

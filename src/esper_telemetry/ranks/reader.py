@@ -32,6 +32,7 @@ class Reader:
         self._due = 0.0
         self._rest_until = 0.0
         self._published: Ranks | None = None
+        self._unpublished: Ranks | None = None
 
     @property
     def all_ended(self) -> bool:
@@ -47,16 +48,19 @@ class Reader:
         if news != self._news or began >= self._due:
             self._read()
             self._news, self._due = news, began + BEAT_SECONDS
+            ranks = replace(self._board.read(time.monotonic()), leader=leader)
+            self._unpublished = None if ranks == self._published else ranks
             self._rest_until = time.monotonic() + _REST * (time.monotonic() - began)
-        ranks = replace(self._board.read(time.monotonic()), leader=leader)
-        if ranks != self._published and self._publish(ranks):
-            self._published = ranks
+        if self._unpublished is not None and self._publish(self._unpublished):
+            self._published, self._unpublished = self._unpublished, None
 
     def _read(self) -> None:
         """Take in every row that has changed; one that was promised and is not there yet is looked for again."""
         joined = self._store.add("joined", 0)
         self._late |= set(range(len(self._texts), joined))
         self._texts += [b""] * (joined - len(self._texts))
+        if self._late and self._store.check([_key(row) for row in self._late]):  # nearly always
+            self._late = set()
         self._late = {row for row in self._late if not self._store.check([_key(row)])}
         there = [row for row in range(joined) if row not in self._late]
         for start in range(0, len(there), _AT_ONCE):

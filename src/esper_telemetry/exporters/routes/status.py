@@ -13,6 +13,7 @@ from esper_telemetry.health import HealthTier
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.damage import INTACT, PARTS, WORDS
 from esper_telemetry.snapshot.history import SLOT_SECONDS
+from esper_telemetry.snapshot.ranks import worst_of
 from esper_telemetry.snapshot.recent import MAX_LAYERS, LayerCounts
 
 Json: TypeAlias = dict[str, Any]
@@ -32,6 +33,9 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
             "inf": max(recent.inf_max, snapshot.inf_grad_count),
             "nan": max(recent.nan_max, snapshot.nan_grad_count),
         }
+    ranks = _ranks(snapshot, monotonic)
+    if worst is not None and ranks is not None:  # of rank 0, whose own share may be smaller
+        worst = {kind: max(count, ranks[kind] or 0) for kind, count in worst.items()}
     tier = None if worst is None else HealthTier.of(max(worst.values()))
     liveness = _liveness(snapshot, now)
     unmeasured = max(recent.unmeasured_max, len(snapshot.unmeasured_layers))
@@ -44,6 +48,7 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
         "worst": worst,
         "recent_window_seconds": snapshot.recent.seconds,
         "run": asdict(snapshot.run),
+        "ranks": ranks,
         "checks": snapshot.checks,
         "last_check": _last_check(snapshot, now),
         "stalled_after_seconds": snapshot.history.stalled_seconds,
@@ -150,6 +155,37 @@ def _model(snapshot: Snapshot, now: float) -> Json:
 
 def _layer(layer: LayerCounts) -> Json:
     return {"layer": layer.layer_name, "inf": layer.inf_count, "nan": layer.nan_count, "elements": layer.numel}
+
+
+def _ranks(snapshot: Snapshot, monotonic: float) -> Json | None:
+    """Return what rank 0 knows of the run; other ranks know its size, and where rank 0 is."""
+    ranks = snapshot.ranks
+    if ranks is None:
+        return None
+    known, recent, bad = ranks.reporting is not None, ranks.recent.read(monotonic), ranks.bad_at(monotonic)
+    return {
+        "expected": ranks.expected,
+        "reporting": ranks.reporting,
+        "gone": ranks.gone if known else None,
+        "silent": list(ranks.silent),
+        "inf": recent.inf_max if known else None,
+        "nan": recent.nan_max if known else None,
+        "exact": ranks.exact if known else None,
+        "bad": None if bad is None else len(bad),
+        "worst": [
+            {
+                "place": place,
+                "rank": rank.rank,
+                "host": rank.host,
+                "inf": rank.inf_count,
+                "nan": rank.nan_count,
+                "layer": rank.layer,
+                "timestamp": rank.timestamp,
+            }
+            for place, rank in worst_of(bad or ())
+        ],
+        "leader": ranks.leader,
+    }
 
 
 def _heads(snapshot: Snapshot) -> list[Json]:
