@@ -1,1 +1,1 @@
-"""The whole road from a trainer to a page on one machine, natively and without containers."""
+"""End to end on one machine, from a trainer to a page, natively and without containers."""

@@ -1,4 +1,4 @@
-"""The whole road natively: a real PPO run with a fault, Prometheus, Alertmanager, node_exporter, and a pager.
+"""End to end, natively: a real PPO run with a fault, Prometheus, Alertmanager, node_exporter, and a pager.
 
 `python -m deploy.stack` starts them on loopback with the shipped configurations and shows a page arriving.
 """

@@ -176,7 +176,7 @@ def start_exporter(
     web_config_file: TLS and passwords in the format of Prometheus's exporters; followed when it changes.
     strict: raise OSError where the port is in use.
 
-    Raise ValueError when the source or the address is none or the web config no good, OSError when the address cannot
+    Raise ValueError when the source, the address or the web config is invalid, OSError when the address cannot
     be listened on, ImportError when there is a web config and the extra `server` is not installed.
     """
     snapshot_of("source", source)

@@ -43,8 +43,8 @@ from esper_telemetry.verdict.verdict import Verdict
 class GradientMonitor(Told, UntilClosed):
     """Count the Inf and NaN elements in a model's gradients.
 
-    Call `update()` between `backward()` and whatever clips, or let `watch()` do it. Measuring never raises: a fault
-    of ours is logged once and counted in `snapshot.monitor_errors`. As a context manager it closes itself.
+    Call `update()` between `backward()` and whatever clips, or let `watch()` do it. Measuring never raises: an
+    internal error is logged once and counted in `snapshot.monitor_errors`. As a context manager it closes itself.
 
     model: a Module, or a dict name -> Module or leaf tensor, whose names become prefixes of the layer names. Modules
         are not kept alive.
@@ -144,7 +144,7 @@ class GradientMonitor(Told, UntilClosed):
 
         scaler: the GradScaler of the loop, where it was not given before. `unscale_()` may come before or after.
 
-        Gradients on CUDA devices are measured in the order of the stream, and nobody waits: a result is published by
+        Gradients on CUDA devices are measured in the order of the stream, without a wait: a result is published by
         the first later `update()`, `snapshot` or `flush()` that finds it there, and listeners are told by `update()`
         and `flush()`. An `on_critical` other than "continue" needs the answer before the optimizer steps, and waits.
 
@@ -206,7 +206,7 @@ class GradientMonitor(Told, UntilClosed):
         self._listeners.tell(self._checks.flush(arguments.seconds("timeout", timeout)))
 
     def close(self) -> None:
-        """Remove every hook and mark the snapshot as the run's last; a second call does nothing."""
+        """Remove every hook and mark the snapshot as the run's last. A second call does nothing."""
         self._let_go()
         self._latest.change(ended=True)
 

@@ -36,7 +36,7 @@ class Told:
         step: int | None = None,
         samples: int | None = None,
     ) -> None:
-        """Tell how training goes, to see it beside the gradients; never wait for a device, never raise.
+        """Report how training goes, to show it beside the gradients; never wait for a device, never raise.
 
         samples: processed since the last call.
         """

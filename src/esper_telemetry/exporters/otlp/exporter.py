@@ -1,4 +1,4 @@
-"""Push a monitor's snapshot over OTLP, where nobody can scrape."""
+"""Push a monitor's snapshot over OTLP, where it cannot be scraped."""
 
 from __future__ import annotations
 
@@ -123,6 +123,6 @@ def start_otlp(monitor: Watched, endpoint: str | None = None, *, deadline: float
     which may say that nothing is to be pushed at all.
     deadline: seconds that the last push may take at exit.
 
-    Raise ValueError when the endpoint or one of the variables is no good, ImportError without the extra `otlp`.
+    Raise ValueError when the endpoint or one of the variables is invalid, ImportError without the extra `otlp`.
     """
     return OtlpExporter(monitor, endpoint, deadline)

@@ -69,7 +69,7 @@ class WebConfig:
 
 
 def read_web_config(path: Path) -> WebConfig:
-    """Read and check a web config file; raise WebConfigError when it is no good."""
+    """Read and check a web config file; raise WebConfigError when it is invalid."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
