@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_telemetry.ranks.board import SILENT_SECONDS, Board
+from esper_telemetry.ranks.board import HOLD_SECONDS, SILENT_SECONDS, Board
 from esper_telemetry.ranks.row import KEPT, BadCheck, Row
 from esper_telemetry.snapshot.rank_share import GradScope
 from esper_telemetry.snapshot.ranks import RankPlace, worst_of
@@ -48,10 +48,30 @@ def test_checks_of_other_numbers_are_not_added():
 def test_what_every_replica_sees_counts_once():
     board = Board(3, WINDOW)
     board.take(row(2, check(40, nan=7, own_nan=0, local=0)), 0.0)
-    assert counts(board) == (0, 7), "whoever owns them has not been heard yet, and they are there"
+    assert counts(board, HOLD_SECONDS) == (0, 7), "whoever owns them has not been heard yet, and they are there"
+    board.take(row(0, check(40, nan=7, local=0)), HOLD_SECONDS)
+    board.take(row(1, check(40, nan=7, own_nan=0, local=7)), HOLD_SECONDS)
+    assert counts(board, HOLD_SECONDS) == (0, 7)
+
+
+def test_a_check_is_told_with_the_rank_that_made_it_bad_or_when_that_one_is_waited_for_no_more():
+    board = Board(3, WINDOW)
     board.take(row(0, check(40, nan=7, local=0)), 0.0)
-    board.take(row(1, check(40, nan=7, own_nan=0, local=7)), 0.0)
-    assert counts(board) == (0, 7)
+    assert counts(board, HOLD_SECONDS / 2) == (0, 0), "a page now would blame nobody"
+    board.take(row(1, check(40, nan=7, own_nan=0, local=7)), HOLD_SECONDS / 2)
+    assert counts(board, HOLD_SECONDS / 2) == (0, 7)
+    board.take(row(0, check(41, nan=9, local=0), beat=2), 1.0)
+    board.take(row(1, check(41, nan=9, own_nan=0, local=0), beat=2), 1.0)
+    board.take(row(2, check(41, nan=9, own_nan=0, local=0), beat=2), 1.0)
+    assert counts(board, 1.0) == (0, 9), "nobody is at fault: all have said so"
+
+
+def test_no_check_is_lost_while_it_waits():
+    board = Board(2, WINDOW)
+    board.take(row(0, check(1, nan=9, local=0)), 0.0)
+    for number in range(2, 80):
+        board.take(row(0, check(number, nan=1, local=0), beat=number), 0.0)
+    assert counts(board, 0.0) == (0, 9)
 
 
 def test_where_a_rank_does_not_know_what_it_owns_the_worst_rank_stands_and_the_count_is_not_exact():

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,15 @@ def torchrun(folder, *arguments, launcher=("--nproc-per-node", "2"), name="run")
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(EXAMPLE), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (folder / f"{name}.log").open("w") as log:
-        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        run = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         yield run
     finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
+        # Each rank has a session of its own, and outlives a launcher that is killed.
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
+        for each in (run.pid, *map(int, ranks)):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
         run.wait()
 
 
@@ -42,7 +45,7 @@ def alone(port):
 
 
 def assert_one_page(stack, ranks=2):
-    alerts = stack.wait_for_page(120)
+    alerts = stack.wait_for_page(300)
     (alert,) = [alert for alert in alerts if alert["labels"]["alertname"] == "EsperNaNGradients"]
     assert alert["labels"]["severity"] == "critical"
     assert alert["annotations"]["summary"].startswith("7 NaN ")
@@ -68,7 +71,7 @@ def test_under_ddp_a_bad_rank_is_one_page_that_names_it_and_no_replica_takes_the
 
 def test_under_fsdp2_seven_that_are_split_into_four_and_three_are_critical(tmp_path, leader):
     with Stack(tmp_path, leader=leader) as stack:
-        more = ("--strategy", "fsdp2", "--inject", "nan:7@400:rank=1", "--steps", "400", "--pause", "0.02")
+        more = ("--strategy", "fsdp2", "--inject", "nan:7@150:rank=1", "--steps", "150", "--pause", "0.02")
         with torchrun(tmp_path, "--listen-address", leader, *more, launcher=alone(free_port())) as run:
             assert_one_page(stack)
             (prometheus,) = stack.prometheus

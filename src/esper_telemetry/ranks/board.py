@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from esper_telemetry.ranks.row import BadCheck, Row
 from esper_telemetry.snapshot.ranks import SHOWN, BadRank, Ranks
@@ -12,6 +13,9 @@ from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 
 SILENT_SECONDS = 30.0
 """How long a rank may say nothing, in which its thread has six turns, before it does not count as reporting."""
+
+HOLD_SECONDS = 1.0
+"""How long a check is kept back of which it is not known who made it bad: a page names that rank if it can."""
 
 _CHECKS = 64
 
@@ -21,17 +25,28 @@ class _Sums:
     """Add up one check over ranks: what each owns, and the most that one of them sees, whoever owns it.
 
     A rank sees elements of the run alone, so the run has at least those.
+
+    since: when it was first heard of.
     """
 
+    since: float
     own: list[int] = field(default_factory=lambda: [0, 0])
     seen: list[int] = field(default_factory=lambda: [0, 0])
     exact: bool = True
+    rows: int = 0
+    admitted: bool = False
 
     def add(self, check: BadCheck) -> None:
+        self.rows += 1
+        self.admitted |= bool(check.local_inf or check.local_nan)
         for kind, (own, seen) in enumerate(((check.own_inf, check.inf), (check.own_nan, check.nan))):
             self.own[kind] += own or 0
             self.exact &= own is not None
             self.seen[kind] = max(self.seen[kind], seen)
+
+    def is_settled(self, expected: int, now: float) -> bool:
+        """Tell whether it is known who made the check bad, or nobody is waited for any more."""
+        return self.admitted or self.rows >= expected or now - self.since >= HOLD_SECONDS
 
     def counts(self) -> tuple[int, int]:
         inf, nan = map(max, self.own, self.seen)
@@ -89,21 +104,23 @@ class Board:
         )
 
     def _add(self, check: BadCheck, now: float) -> None:
-        sums = self._sums.setdefault(check.check, _Sums())
+        sums = self._sums.setdefault(check.check, _Sums(now))
         sums.add(check)
         self._grown.add(check.check)
         if not sums.exact:
             self._inexact_until = now + self._recent.seconds
 
     def _take_in_sums(self, now: float) -> None:
-        """Put the checks that have grown into the recent window, and forget the oldest."""
-        if counts := [self._sums[check].counts() for check in self._grown]:
+        """Put the checks that have grown into the recent window, when they are settled; forget the oldest."""
+        oldest = set(islice(self._sums, max(0, len(self._sums) - _CHECKS)))
+        settled = {each for each in self._grown if each in oldest or self._sums[each].is_settled(self._expected, now)}
+        if counts := [self._sums[check].counts() for check in settled]:
             inf, nan = map(max, zip(*counts, strict=True))
             if inf or nan:
                 self._recent = self._recent.after(now, (LayerCounts("", inf, nan, 0),), 0)
-        self._grown.clear()
-        while len(self._sums) > _CHECKS:
-            self._sums.popitem(last=False)
+        self._grown -= settled
+        for check in oldest:
+            del self._sums[check]
 
     def _blame(self, row: Row, bad: Sequence[BadCheck], now: float) -> None:
         """Take note of what the rank's own backward made."""
