@@ -28,7 +28,7 @@ from esper_telemetry import watch
 from esper_telemetry.ranks.vote import Found, Vote
 
 WIDTH, DEPTH, VOCABULARY, LENGTH, BATCH = 512, 8, 4096, 128, 2
-STEPS, VOTES = 8, 200
+STEPS, VOTES = 5, 200
 SET_UPS = ("one process", "DDP", "FSDP2", "DDP without (a)", "FSDP2 without (a)")
 
 
@@ -103,19 +103,30 @@ def vote() -> dict[str, float]:
     return {"vote": statistics.median(votes)}
 
 
-def run(what: str, ranks: int) -> dict[str, float]:
+def as_rank(ranks: int) -> dict[str, dict[str, float]]:
+    """Measure everything that so many ranks can, as one of them."""
+    torch.set_num_threads(1)
+    if ranks == 1:
+        return {"one process": measure("one process")}
+    dist.init_process_group("gloo")
+    return {what: measure(what) for what in SET_UPS[1:]} | {"vote": vote()}
+
+
+def run(ranks: int) -> dict[str, dict[str, float]]:
     """Measure in so many processes; return what the slowest rank says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environ = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-m", "benchmarks.ranks", "--measure", what]
+    command = [sys.executable, "-m", "benchmarks.ranks", "--as-rank-of", str(ranks)]
     started = [
         subprocess.Popen(command, env=environ | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
     said = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
-    return {key: max(each[key] for each in said) for key in said[0]}
+    return {
+        what: {key: max(each[what][key] for each in said) for key in measured} for what, measured in said[0].items()
+    }
 
 
 def report(results: dict[str, dict[str, float]], described: Any) -> str:
@@ -143,19 +154,15 @@ def report(results: dict[str, dict[str, float]], described: Any) -> str:
 
 
 def main() -> None:
-    """Measure one thing as a rank, or all of them."""
+    """Measure as a rank, or start all of them."""
     parser = argparse.ArgumentParser("benchmarks.ranks", description=__doc__)
-    parser.add_argument("--measure", choices=(*SET_UPS, "vote"), help="what this process measures as one of the ranks")
+    parser.add_argument("--as-rank-of", type=int, help="measure as one of so many ranks, and print what was measured")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("RANKS.md"))
     options = parser.parse_args()
-    if options.measure is not None:
-        torch.set_num_threads(1)
-        if options.measure != "one process":
-            dist.init_process_group("gloo")
-        print(json.dumps(vote() if options.measure == "vote" else measure(options.measure)))
+    if options.as_rank_of is not None:
+        print(json.dumps(as_rank(options.as_rank_of)))
         return
-    results = {what: run(what, 1 if what == "one process" else 2) for what in (*SET_UPS, "vote")}
-    page = report(results, machine())
+    page = report(run(1) | run(2), machine())
     options.output.write_text(page)
     print(page)
 

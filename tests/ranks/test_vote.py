@@ -8,11 +8,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from esper_telemetry import GradientsCritical, VoteFailed, watch
+from esper_telemetry.monitor.steps import check_can_vote
 from esper_telemetry.ranks import vote
 from tests.ranks.models import batch, faulty_mlp
 from tests.ranks.processes import run_ranks
@@ -243,3 +245,9 @@ class TestFaults:
 
     def test_what_cannot_be_voted_on_is_refused_at_set_up(self):
         assert all(all("LBFGS" in each for each in said) for said in run_ranks(refused))
+
+
+def test_a_model_that_deepspeed_steps_is_refused_before_anything_is_made():
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        check_can_vote([], [engine])

@@ -34,7 +34,7 @@ from esper_telemetry.ranks.rows import RankRows
 from esper_telemetry.ranks.shares import Replicas, check_replicas
 from esper_telemetry.recorder import FlightRecorder
 from esper_telemetry.scan import ClipScan
-from esper_telemetry.scan.layers import Model
+from esper_telemetry.scan.layers import Model, named_roots
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.verdict.safety import Safety
 from esper_telemetry.verdict.verdict import Verdict
@@ -103,7 +103,7 @@ class GradientMonitor(Told, UntilClosed):
         replicas: Replicas = None,
     ) -> None:
         recent_window = arguments.seconds_above_0("recent_window_seconds", recent_window_seconds)
-        optimizers = list_optimizers(optimizer)
+        optimizers, roots = list_optimizers(optimizer), named_roots(model).values()
         self._watch_scaler = partial(ScalerWatch.of, optimizers=optimizers, max_skips=max_amp_skips)
         amp, dead_layers, run = self._watch_scaler(scaler), DeadLayers(statistics_every), run_info(run_id)
         watched_heads = None if heads is None else heads_of(model, heads)
@@ -111,7 +111,7 @@ class GradientMonitor(Told, UntilClosed):
         join = partial(self._latest.join, run_id)
         share = partial(Sharing, attribution=attribution, replicas=check_replicas(replicas), on_join=join)
         recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._latest.fail)
-        self._reaction = Reaction(on_critical, patience, optimizers, self._latest.count_dropped_step)
+        self._reaction = Reaction(on_critical, patience, optimizers, self._latest.count_dropped_step, roots)
         if before_check is not None:
             arguments.function("before_check", before_check)
         aids = Aids(dead_layers, recorder, before_check, wait=self._reaction.needs_the_answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -48,12 +48,18 @@ class Reaction:
     where the step is under way already, as with a closure.
 
     on_drop: called once per optimizer step that was dropped.
+    roots: the models that are watched.
 
     Raise ValueError when they say nothing that can be done.
     """
 
     def __init__(
-        self, on_critical: Policy, patience: int, optimizers: Sequence[Optimizer], on_drop: Callable[[], None]
+        self,
+        on_critical: Policy,
+        patience: int,
+        optimizers: Sequence[Optimizer],
+        on_drop: Callable[[], None],
+        roots: Iterable[object] = (),
     ) -> None:
         check_policy(on_critical)
         if on_critical == "skip":
@@ -71,7 +77,7 @@ class Reaction:
         self._under_way: list[int] = []
         self._handle: RemovableHandle | None = None
         if self.needs_the_answer and several():
-            check_can_vote(optimizers)
+            check_can_vote(optimizers, roots)
             self._join()
 
     @property

@@ -60,8 +60,12 @@ def check_can_drop(optimizers: Sequence[Optimizer]) -> None:
             )
 
 
-def check_can_vote(optimizers: Sequence[Optimizer]) -> None:
+def check_can_vote(optimizers: Sequence[Optimizer], roots: Iterable[object]) -> None:
     """Raise ValueError when there is an optimizer before whose update ranks cannot come together."""
+    if any(type(root).__module__.startswith("deepspeed.") for root in roots):
+        raise ValueError(
+            "on_critical: DeepSpeed steps copies of the parameters, and skips by itself; expected 'continue'"
+        )
     for each in optimizers:
         name = type(each).__name__
         if isinstance(each, LBFGS):
