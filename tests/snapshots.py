@@ -75,7 +75,7 @@ def bad(inf=2, nan=0, timestamp=1.7e9):
         found_damage=Damage(),
         cause="forward of policy",
         last_good_check=GoodCheck(check=38, timestamp=timestamp - 41, step=38),
-        skipped_updates={"amp": 3, "intervention": 0},
+        skipped_updates={"amp": 3, "intervention": 0, "rewind": 0},
         monitor_seconds=0.25,
         ppo=PPOUpdatePayload(
             inf_grad_count=inf,

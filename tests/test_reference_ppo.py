@@ -100,3 +100,23 @@ def test_a_port_in_use_is_an_error_at_set_up():
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"^--listen-address: .*{address}: Address already in use$"):
             PPOJob(Options(listen_address=address))
+
+
+def test_a_run_that_goes_back_learns_as_if_it_had_never_seen_the_bad_gradient():
+    summary, snapshot = run(episodes=20, inject=[Fault("nan", 7, 40)], on_critical="rewind")
+    assert (summary.died, summary.halted, summary.bad_checks) == (None, None, 1)
+    assert snapshot.skipped_updates == {"amp": 0, "intervention": 0, "rewind": 1}
+    assert snapshot.damage == "intact"
+    assert snapshot.ppo.episode_reward > 40, "it has learned; it began at 25"
+
+
+def test_a_warning_that_damages_the_policy_is_undone_too():
+    summary, snapshot = run(episodes=10, inject=[Fault("nan", 1, 40)], on_critical="rewind")
+    assert (summary.died, summary.bad_checks) == (None, 1)
+    assert snapshot.skipped_updates["rewind"] == 1
+
+
+@pytest.mark.parametrize(("option", "name"), [("rewind_every", "--rewind-every"), ("max_rewinds", "--max-rewinds")])
+def test_numbers_that_are_none_are_refused_by_the_name_of_their_option(option, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 1, got 0"):
+        run(on_critical="rewind", **{option: 0})

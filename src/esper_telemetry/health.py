@@ -11,7 +11,7 @@ WARNING_ABOVE = 0
 CRITICAL_ABOVE = 5
 """Bad elements of one kind in one check; `alerts/rules.yml` carries the same two numbers."""
 
-POLICIES = ("continue", "skip", "halt")
+POLICIES = ("continue", "skip", "halt", "rewind")
 """What a monitor can do about a critical check."""
 
 DEAD_ZERO_FRACTION = 0.9

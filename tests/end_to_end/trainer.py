@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--allow-drill", action="store_true")
     parser.add_argument("--huge", type=int, default=0, help="elements of the last layer that are huge at every check")
     parser.add_argument("--leave", action="store_true", help="end without closing the monitor, as scripts do")
+    parser.add_argument("--step", type=float, default=0.0, help="learning rate of Adam; 0 takes no steps")
     parser.add_argument("--workers", type=int, default=0, help="load the batches in forked workers")
     options = parser.parse_args()
 
@@ -52,8 +53,10 @@ def main():
         model[2].weight.grad.view(-1)[: options.huge] = HUGE
         inject(check)
 
+    optimizer = torch.optim.Adam(model.parameters(), options.step) if options.step else None
     monitor = watch(
         model,
+        optimizer=optimizer,
         on_critical=options.on_critical,
         recent_window_seconds=options.window,
         before_check=before_check,
@@ -69,6 +72,8 @@ def main():
     for check, batch in zip(range(1, options.checks + 1), batches(options.workers), strict=False):
         model.zero_grad()
         model(batch).square().sum().backward()
+        if optimizer is not None:
+            optimizer.step()
         print(check, flush=True)
         if check == options.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)

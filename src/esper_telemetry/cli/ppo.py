@@ -37,8 +37,22 @@ def add_ppo(commands: Commands) -> None:
         "--on-critical",
         choices=POLICIES,
         default="continue",
-        help="what to do when a check finds more than 5 Inf or NaN elements: go on, skip that optimizer step, or "
-        "halt with exit code 3 (default: continue)",
+        help="what to do when a check finds more than 5 Inf or NaN elements: go on, skip that optimizer step, "
+        "halt with exit code 3, or put the last good state back when the model is damaged (default: continue)",
+    )
+    ppo.add_argument(
+        "--rewind-every",
+        metavar="CHECKS",
+        type=whole,
+        default=100,
+        help="with --on-critical rewind, good checks between two copies of the last good state (default: 100)",
+    )
+    ppo.add_argument(
+        "--max-rewinds",
+        metavar="TIMES",
+        type=whole,
+        default=3,
+        help="with --on-critical rewind, how often to go back before the run is halted (default: 3)",
     )
     _add_serving(ppo)
     _add_exports(ppo)
@@ -109,6 +123,8 @@ def _ppo(options: argparse.Namespace) -> int:
                 listen_address=options.listen_address,
                 inject=options.inject,
                 on_critical=options.on_critical,
+                rewind_every=options.rewind_every,
+                max_rewinds=options.max_rewinds,
                 linger=options.linger,
                 textfile_dir=options.textfile_dir,
                 record_dir=options.record_dir,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from esper_telemetry import arguments
 from esper_telemetry.monitor.amp import ScalerWatch
 from esper_telemetry.monitor.check import Check, amp_news
 from esper_telemetry.monitor.coverage import Coverage, Measure
@@ -37,6 +38,10 @@ class Aids:
     recorder: FlightRecorder | None
     before_check: Callable[[int], None] | None
     wait: bool
+
+    def __post_init__(self) -> None:
+        if self.before_check is not None:
+            arguments.function("before_check", self.before_check)
 
 
 class CheckMaker:

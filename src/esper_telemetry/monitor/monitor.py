@@ -25,6 +25,7 @@ from esper_telemetry.monitor.optimizer_steps import follow_steps
 from esper_telemetry.monitor.passes import Pass
 from esper_telemetry.monitor.progress import Progress
 from esper_telemetry.monitor.reaction import Policy, Reaction
+from esper_telemetry.monitor.rewinding import begin_verdict, with_rewind
 from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.steps import list_optimizers
 from esper_telemetry.monitor.told import Told
@@ -37,7 +38,6 @@ from esper_telemetry.scan import ClipScan
 from esper_telemetry.scan.layers import Model, named_roots
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.verdict.safety import Safety
-from esper_telemetry.verdict.verdict import Verdict
 
 
 class GradientMonitor(Told, UntilClosed):
@@ -63,6 +63,9 @@ class GradientMonitor(Told, UntilClosed):
         and all of them act: see `docs/ranks.md`. That is a collective, of a group that is made here. A callable is
         asked on every rank, and the strongest answer is done by all; where ranks do not come together VoteFailed is
         raised, and no step taken.
+        "rewind": keep the last good state of parameters, buffers and optimizers in host memory, and put it back when
+        they are damaged; docs/verdict.md says what is put back and what goes on.
+    rewind_every, max_rewinds: good checks between two copies, and how often a run goes back before it halts.
     patience: do it only after that many critical checks in a row, and from then on until a check is not critical.
     statistics_every: checks between two looks for dead and exploding layers; what is found is looked at again in the
         checks that follow.
@@ -82,6 +85,8 @@ class GradientMonitor(Told, UntilClosed):
     Raise ValueError when an argument is not one of these, and OSError when the folder cannot be written.
     """
 
+    _watching = True
+
     def __init__(
         self,
         model: Model,
@@ -92,6 +97,8 @@ class GradientMonitor(Told, UntilClosed):
         heads: Heads | None = None,
         on_critical: Policy = "continue",
         patience: int = 1,
+        rewind_every: int = 100,
+        max_rewinds: int = 3,
         statistics_every: int = 100,
         trap: bool = True,
         damage_every: int = 1000,
@@ -111,22 +118,21 @@ class GradientMonitor(Told, UntilClosed):
         join = partial(self._latest.join, run_id)
         share = partial(Sharing, attribution=attribution, replicas=check_replicas(replicas), on_join=join)
         recorder = None if record_dir is None else FlightRecorder(record_dir, optimizers, self._latest.fail)
-        self._reaction = Reaction(on_critical, patience, optimizers, self._latest.count_dropped_step, roots)
-        if before_check is not None:
-            arguments.function("before_check", before_check)
+        policy = with_rewind(on_critical, optimizers, lambda snapshot: self._verdict.decide(snapshot))
+        self._reaction = Reaction(policy, patience, optimizers, self._latest.count_dropped_step, roots)
         aids = Aids(dead_layers, recorder, before_check, wait=self._reaction.needs_the_answer)
         self._checks = CheckMaker(self._latest, aids, amp)
         try:
             self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail, share)
-            watched, amend = self._gathering.watched, None if recorder is None else recorder.amend
-            self._verdict = Verdict(self._latest, watched, optimizers, every=damage_every, trap=trap, on_news=amend)
+            rewind = (rewind_every, max_rewinds) if on_critical == "rewind" else None
+            judged = self._latest, self._gathering.watched, optimizers
+            self._verdict = begin_verdict(*judged, recorder, every=damage_every, trap=trap, rewind=rewind)
         except ValueError:
             self._reaction.close()
             raise
         self._checks.verdict = self._verdict
         self._recorder = recorder
         self._progress = Progress(self._latest)
-        self._watching = True
         self._rows = RankRows(self._latest.read, self._latest.take_ranks, self._latest.fail)
         self.announce = self._rows.announce  # called by exporters, with their URL
         self._listeners = Listeners(self._latest.fail, self._rows.see, *([] if recorder is None else [recorder.see]))

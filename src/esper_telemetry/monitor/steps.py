@@ -40,23 +40,23 @@ def parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def check_can_drop(optimizers: Sequence[Optimizer]) -> None:
+def check_can_drop(optimizers: Sequence[Optimizer], policy: str = "skip") -> None:
     """Raise ValueError when there is no optimizer whose steps can be dropped, or one whose steps cannot."""
     if not optimizers:
-        raise ValueError("on_critical: 'skip' expects optimizer=, whose steps it drops, and none was given")
+        raise ValueError(f"on_critical: {policy!r} expects optimizer=, whose steps it drops, and none was given")
     for each in optimizers:
         name, inner = type(each).__name__, _inner(each)
         if isinstance(each, LBFGS):
             raise ValueError(
-                "on_critical: 'skip' cannot drop a step of LBFGS, which takes several gradients; use 'halt'"
+                f"on_critical: {policy!r} cannot drop a step of LBFGS, which takes several gradients; use 'halt'"
             )
         if others := _steps_of_other_names(each):
             instead = f"optimizer=...{inner}" if inner else "use 'halt'"
-            raise ValueError(f"on_critical: 'skip' cannot drop {name}.{others[0]}(); expected {instead}")
+            raise ValueError(f"on_critical: {policy!r} cannot drop {name}.{others[0]}(); expected {instead}")
         if inner:
             logger.warning(
-                "esper: on_critical='skip' drops the gradients of %s; what it does to parameters beside its %s goes on",
-                *(name, inner),
+                "esper: on_critical=%r drops the gradients of %s; what it does to parameters beside its %s goes on",
+                *(policy, name, inner),
             )
 
 

@@ -43,6 +43,8 @@ class Options:
     listen_address: str | None = None
     inject: Sequence[Fault] = ()
     on_critical: str = "continue"
+    rewind_every: int = 100
+    max_rewinds: int = 3
     linger: float | None = None
     textfile_dir: str | None = None
     record_dir: str | None = None
@@ -165,11 +167,15 @@ class PPOJob:
                 optimizer=policy.optimizer,
                 heads=HEADS,
                 on_critical=self._options.on_critical,
+                rewind_every=self._options.rewind_every,
+                max_rewinds=self._options.max_rewinds,
                 before_check=self._injector if self._options.inject else None,
                 record_dir=self._options.record_dir,
             )
         except OSError as error:
             raise ValueError(f"--{str(error.strerror).replace('record_dir', 'record-dir', 1)}") from None
+        except ValueError as error:
+            raise ValueError(re.sub("^(rewind_every|max_rewinds):", _option, str(error))) from None
 
     def _serve(self) -> Exporter:
         try:
@@ -199,6 +205,10 @@ class PPOJob:
         except (ValueError, ImportError) as error:
             self.close()
             raise ValueError(re.sub("^endpoint:", "--otlp-endpoint:", str(error))) from None
+
+
+def _option(name: re.Match[str]) -> str:
+    return f"--{name[0].replace('_', '-')}"
 
 
 class _EpisodeLimit(EsperCallback):

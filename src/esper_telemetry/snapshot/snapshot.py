@@ -161,7 +161,7 @@ class Snapshot:
             nan=nothing,
             recent=RecentWindow(recent_window_seconds),
             history=History(recent_window_seconds),
-            skipped_updates={"amp": 0, "intervention": 0},
+            skipped_updates={"amp": 0, "intervention": 0, "rewind": 0},
             unmonitored_steps=0,
             amp=None,
             found_damage=None,

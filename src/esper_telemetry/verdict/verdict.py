@@ -17,6 +17,7 @@ from esper_telemetry.snapshot.damage import INTACT, WORDS, Damage, GoodCheck
 from esper_telemetry.verdict.look import Looks
 from esper_telemetry.verdict.optimizers import Optimizers
 from esper_telemetry.verdict.passage import Passage
+from esper_telemetry.verdict.rewind import Rewind
 from esper_telemetry.verdict.safety import Safety
 from esper_telemetry.verdict.state import Watched, list_state
 from esper_telemetry.verdict.trap import Trap
@@ -77,6 +78,8 @@ class Verdict:
         self.optimizers = Optimizers(given, model.parameters)
         self._looks = Looks(self._take)
         self._trap = Trap(model, self.before_forward, arguments.flag("trap", trap), latest.fail)
+        self._rewind: Rewind | None = None
+        self._came_late = False
         self._since_look = 0
         self._quiet = QUIET_CHECKS
         self._is_due = False
@@ -89,6 +92,24 @@ class Verdict:
     def pending(self) -> bool:
         """Tell whether a look is still on its way from a device."""
         return self._looks.pending
+
+    def rewind_with(self, every: int, most: int) -> None:
+        """Keep the last good state from now on, and put it back when the model is damaged.
+
+        Raise ValueError where that cannot be done.
+        """
+        self._rewind = Rewind(self._model, self.optimizers, every, most)
+        self.look(wait=True)
+        if self._latest.snapshot.damage == INTACT:
+            self._rewind.set_up()
+
+    def decide(self, snapshot: Snapshot) -> str | None:
+        """Say what to do at a critical check: drop the step of gradients that a damaged model has made, or halt."""
+        late, self._came_late = self._came_late, False
+        if late:
+            return "skip"
+        spent = self._rewind is not None and not self._rewind.left
+        return "halt" if spent and snapshot.damage != INTACT else None
 
     def look(self, wait: bool = False, before_step: bool = False) -> None:
         """Look now; what goes wrong is counted, not raised.
@@ -113,19 +134,23 @@ class Verdict:
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Take note that an optimizer is about to step: what was seen before says nothing about after."""
-        if self.optimizers.steps(optimizer) and self._in_trouble:
+        if not self.optimizers.steps(optimizer):
+            return
+        if self._in_trouble:
             self._is_due = self._stepped = True
+        if self._rewind is not None:
+            self._rewind.stepped()
 
     def before_forward(self) -> None:
         """Look where a look is due, before anything is computed with what may be damaged."""
         if self._is_due:
-            self.look()
+            self._look_and_mend()
 
     def before_check(self) -> Passage | None:
         """Look where a look is due; return what the trap has seen of the pass that ends with this check."""
         self._since_look += 1
         if self._is_due or self._since_look >= self._every:
-            self.look()
+            self._came_late = self._look_and_mend()
         return self._trap.end_pass() if self._trap.is_armed else None
 
     def after_check(self, snapshot: Snapshot, seen: Passage | None, before_step: bool) -> Snapshot:
@@ -140,6 +165,8 @@ class Verdict:
             self._is_due = True
         elif not self._is_due and not self._looks.pending:
             self._in_trouble = False
+        if self._rewind is not None:
+            self._keep(self._rewind, bad)
         self._quiet = 0 if bad else self._quiet + 1
         latest = self._latest.snapshot
         news: dict[str, Any] = {"found_damage": latest.found_damage, "cause": latest.cause}
@@ -168,6 +195,37 @@ class Verdict:
         if self._is_due:
             self.look(wait=True)
         self._trap.disarm()
+
+    def _look_and_mend(self) -> bool:
+        """Look, and put the last good state back where the model is damaged; tell whether that was done."""
+        self.look(wait=self._rewind is not None)
+        damage = self._latest.snapshot.damage
+        if self._rewind is None or damage in (None, INTACT):
+            return False
+        try:
+            done = self._rewind.put_back()
+        except Exception:
+            self._latest.fail("the last good state could not be put back")
+            return False
+        if done:
+            with self._latest.lock:
+                self._latest.snapshot = self._latest.snapshot.skipping("rewind")
+            logger.warning("esper: %s: the last good state is back; left: %d times", WORDS[damage], self._rewind.left)
+            self.look(wait=True)
+        return done
+
+    def _keep(self, rewind: Rewind, bad: bool) -> None:
+        """Copy the state where that is due and it is good."""
+        try:
+            if bad:
+                if self._latest.snapshot.damage in (INTACT, "buffers"):
+                    rewind.keep_before_step()
+            elif not self._in_trouble and rewind.is_due():
+                self.look(wait=True)
+                if self._latest.snapshot.damage == INTACT:
+                    rewind.keep()
+        except Exception:
+            self._latest.fail("the state could not be copied")
 
     def _set_trap(self) -> None:
         if not self._in_trouble or self._trap.is_spent:
@@ -204,12 +262,14 @@ class Verdict:
         changes: dict[str, Any] = {"found_damage": found}
         if found.word != INTACT:
             damaged = (*found.parameters, *found.buffers)
+            if before_step:  # the forward may have written to buffers
+                damaged = found.parameters
             if damaged and (before_step or not self._in_trouble):
                 self._was_damaged = True
                 changes["cause"] = f"parameter {damaged[0].layer_name}"
             self._in_trouble, self._quiet = True, 0
             if found.word != before.word:
-                worst = (*damaged, *found.optimizer)[0]
+                worst = (*found.parameters, *found.buffers, *found.optimizer)[0]
                 counts = worst.inf_count, worst.nan_count, worst.layer_name
                 logger.warning("esper: %s: Inf %d, NaN %d in %s", WORDS[found.word], *counts)
         self._latest.change(**changes)
