@@ -143,7 +143,7 @@ class TestOnCritical:
         trainer = train(model, [callback], arguments(gradient_accumulation_steps=accumulation), scaler)
         snapshot = callback.monitor.snapshot
         assert (snapshot.checks, snapshot.nan.critical_checks) == (10, 1)
-        assert snapshot.skipped_updates == {"amp": int(scaled), "intervention": int(not scaled)}
+        assert snapshot.skipped_updates == {"amp": int(scaled), "intervention": int(not scaled), "rewind": 0}
         assert trainer.state.global_step == 10 // accumulation
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 

@@ -285,7 +285,7 @@ class TestOnCritical:
             optimizer.step()
             after = (model.state_dict(), optimizer.state_dict())
             assert _equal(before, after) == math.isnan(x)
-        assert monitor.snapshot.skipped_updates == {"amp": 0, "intervention": 1}
+        assert monitor.snapshot.skipped_updates == {"amp": 0, "intervention": 1, "rewind": 0}
 
     def test_a_warning_is_not_skipped(self):
         model = network()
