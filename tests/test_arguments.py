@@ -185,7 +185,7 @@ def test_anything_is_taken_or_refused_in_one_line(entrance, name, anything, moni
         ),
         (
             lambda monitor: lightning.EsperCallback(on_critical="stop"),
-            "on_critical: expected one of continue, skip, halt or a callable, got 'stop'",
+            "on_critical: expected one of continue, skip, halt, rewind or a callable, got 'stop'",
         ),
         (lambda monitor: sb3.EsperCallback(nn.Linear(2, 1)), "monitor: expected a GradientMonitor, got Linear"),
     ],
