@@ -52,8 +52,9 @@ bench: $(INSTALLED)  ## Measure the cost side by side with what people use today
 bench-gpu:  ## Measure the cost on an NVIDIA GPU, with the torch and Triton of $(PYTHON); about 5 minutes
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --out benchmarks
 
-bench-ranks: $(INSTALLED)  ## Measure a check and a vote on two ranks, against one process; about 2 minutes
+bench-ranks: $(INSTALLED)  ## Measure a check and a vote on two ranks, and simulate 10,000; about 10 minutes
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.ranks
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.rank_rows
 
 bench-serving: $(INSTALLED)  ## Attack an exporter, and measure what its training thread feels; about 10 minutes
 	$(BIN)/python -m benchmarks.serving --output benchmarks/SERVING.md

@@ -18,7 +18,7 @@ from deploy.stack import servers
 from deploy.stack.configs import RULES
 
 INTERVAL = 10  # seconds between two scrapes and between two evaluations
-ROUNDS = 3  # evaluations that are measured
+ROUNDS = 2  # evaluations that are measured
 ONE_PAGE = 'count(ALERTS{alertname="EsperNaNGradients",alertstate="firing"})'
 
 _CONFIG = """
