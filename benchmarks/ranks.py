@@ -28,7 +28,7 @@ from esper_telemetry import watch
 from esper_telemetry.ranks.vote import Found, Vote
 
 WIDTH, DEPTH, VOCABULARY, LENGTH, BATCH = 512, 8, 4096, 128, 2
-STEPS, VOTES = 5, 200
+STEPS, VOTES = 4, 200
 SET_UPS = ("one process", "DDP", "FSDP2", "DDP without (a)", "FSDP2 without (a)")
 
 

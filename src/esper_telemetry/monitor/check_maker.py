@@ -16,6 +16,7 @@ from esper_telemetry.monitor.amp import ScalerWatch
 from esper_telemetry.monitor.check import Check, amp_news
 from esper_telemetry.monitor.coverage import Coverage, Measure
 from esper_telemetry.monitor.dead_layers import DeadLayers
+from esper_telemetry.monitor.engine import EngineSkips
 from esper_telemetry.monitor.gathering import Gathering
 from esper_telemetry.monitor.latest import Latest
 from esper_telemetry.monitor.optimizer_steps import UncheckedSteps
@@ -56,8 +57,9 @@ class CheckMaker:
 
     verdict: Verdict
 
-    def __init__(self, latest: Latest, aids: Aids, amp: ScalerWatch | None) -> None:
+    def __init__(self, latest: Latest, aids: Aids, amp: ScalerWatch | None, engine: EngineSkips) -> None:
         self._latest = latest
+        self._engine = engine
         self._aids = aids
         self._launched: deque[tuple[PendingScan, Check]] = deque()
         self._untold: list[Snapshot] = []
@@ -153,6 +155,7 @@ class CheckMaker:
         """Take in what the scaler did after the last check, and return what is news."""
         with self._latest.lock:
             try:
+                self._engine.count()
                 if self.amp is not None:
                     self._see_last_step(self.amp, gathering)
             except Exception:
@@ -173,6 +176,7 @@ class CheckMaker:
 
     def _make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> None:
         aids, number = self._aids, self._latest.snapshot.checks + len(self._launched) + 1
+        self._engine.count()
         seen = self.verdict.before_check()
         parameters, gradients = gathering.gather(ended)
         coverage = Coverage(gradients, ended, by_hand=ended.when != "backward")

@@ -17,6 +17,7 @@ from esper_telemetry.monitor.amp import ScalerWatch
 from esper_telemetry.monitor.check_maker import Aids, CheckMaker
 from esper_telemetry.monitor.coverage import Measure
 from esper_telemetry.monitor.dead_layers import DeadLayers
+from esper_telemetry.monitor.engine import EngineSkips
 from esper_telemetry.monitor.gathering import Gathering
 from esper_telemetry.monitor.heads import Heads, heads_of
 from esper_telemetry.monitor.latest import Latest
@@ -121,7 +122,7 @@ class GradientMonitor(Told, UntilClosed):
         policy = with_rewind(on_critical, optimizers, lambda snapshot: self._verdict.decide(snapshot))
         self._reaction = Reaction(policy, patience, optimizers, self._latest.count_dropped_step, roots)
         aids = Aids(dead_layers, recorder, before_check, wait=self._reaction.needs_the_answer)
-        self._checks = CheckMaker(self._latest, aids, amp)
+        self._checks = CheckMaker(self._latest, aids, amp, EngineSkips(roots, self._latest))
         try:
             self._gathering = Gathering(model, self._checks.measure_early, self._latest.fail, share)
             rewind = (rewind_every, max_rewinds) if on_critical == "rewind" else None

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from esper_telemetry.monitor.engine import is_engine
+
 logger = logging.getLogger("esper_telemetry")
 
 _VALUES = (bool, int, float, str, tuple, type(None))
@@ -62,7 +64,7 @@ def check_can_drop(optimizers: Sequence[Optimizer], policy: str = "skip") -> Non
 
 def check_can_vote(optimizers: Sequence[Optimizer], roots: Iterable[object]) -> None:
     """Raise ValueError when there is an optimizer before whose update ranks cannot come together."""
-    if any(type(root).__module__.startswith("deepspeed.") for root in roots):
+    if any(map(is_engine, roots)):
         raise ValueError(
             "on_critical: DeepSpeed steps copies of the parameters, and skips by itself; expected 'continue'"
         )
