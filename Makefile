@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadgroup
 
-.PHONY: run test test-lowest lint docs dist stack stack-ranks soak bench bench-gpu bench-ranks bench-serving screenshots clean
+.PHONY: run test test-engines test-lowest lint docs dist stack stack-ranks soak bench bench-gpu bench-ranks bench-serving screenshots clean
 
 run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0.1:19301/metrics
 	@hold=; [ ! -t 1 ] || hold=--hold; exec $(BIN)/esper ppo --episodes 10 $$hold
@@ -17,6 +17,11 @@ test: $(INSTALLED)  ## Run every test; servers and the browser are fetched first
 	$(BIN)/python -m deploy.stack.servers
 	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end --ignore tests/ranks
 	$(PYTEST) --numprocesses 3 tests/end_to_end tests/ranks  # they wait
+
+test-engines:  ## Run the tests of DeepSpeed, in a virtual environment of its own, which is made first
+	$(MAKE) VENV=.venv-engines .venv-engines/.installed
+	DS_BUILD_OPS=0 .venv-engines/bin/python -m pip install --quiet --constraint constraints.txt deepspeed==0.19.8
+	OMP_WAIT_POLICY=passive .venv-engines/bin/python -m pytest tests/engines
 
 test-lowest:  ## Run the tests with the oldest dependencies that pyproject.toml allows, all but torch
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.venv-lowest/lowest.txt
@@ -63,7 +68,7 @@ screenshots: $(INSTALLED)  ## Take the pictures of the exporter's page from real
 	$(BIN)/python -m tests.screenshots
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-engines .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

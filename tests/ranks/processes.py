@@ -9,7 +9,7 @@ import traceback
 from contextlib import suppress
 from datetime import timedelta
 
-DEADLINE = 150.0
+DEADLINE = 240.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks.preloaded"])
