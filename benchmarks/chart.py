@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks import contenders, hooks, steps
 from benchmarks.measurement import Section
 
-_OURS = contenders.OURS | {steps.OURS, hooks.NO_HOOKS, hooks.HOOKS}
+_OURS = contenders.OURS | {steps.OURS, steps.NO_VERDICT, hooks.NO_HOOKS, hooks.HOOKS}
 _OUR_COLOUR, _OTHER_COLOUR = "#1f6feb", "#9aa4af"
 _BAR_INCHES = 0.28
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from statistics import median
+from typing import Any
 
 import gymnasium
 import torch
@@ -30,8 +32,11 @@ except ImportError:
 NOTHING = "no monitoring"
 CONTROL = "no monitoring, once more"
 OURS = "watch()"
+NO_VERDICT = "watch(), without the verdict"
 WANDB = 'wandb.watch(log="gradients", log_freq=1), offline'
 ANOMALY = "torch.autograd.detect_anomaly()"
+
+LOOK_EVERY = signature(watch).parameters["damage_every"].default
 
 _VOCABULARY, _WIDTH, _HEADS, _LAYERS = 4096, 256, 4, 4
 _BATCH, _LENGTH = 8, 128
@@ -49,11 +54,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Describe a training run; each sample prepares a new one, which does the same work each time."""
+    """Describe a training run; each sample prepares a new one, which does the same work each time.
+
+    checks: backward passes in what is timed.
+    """
 
     name: str
     title: str
     prepare: Callable[[], Job]
+    checks: int
 
 
 class SmallGPT(nn.Module):
@@ -105,18 +114,21 @@ WORKLOADS = [
         "sb3",
         "stable-baselines3 PPO on CartPole, its defaults (2,048 steps, batch 64, 10 epochs), one whole learn()",
         partial(_ppo, 2048, 2048, 64, 10),
+        10 * 2048 // 64,
     ),
     Workload(
         "sb3-short",
         f"stable-baselines3 PPO on CartPole, short rollouts ({ROLLOUT_STEPS} steps, batch {BATCH_SIZE}, "
         f"{EPOCHS} epochs), one whole learn() of 8 updates",
         partial(_ppo, 8 * ROLLOUT_STEPS, ROLLOUT_STEPS, BATCH_SIZE, EPOCHS),
+        8 * EPOCHS * ROLLOUT_STEPS // BATCH_SIZE,
     ),
     Workload(
         "gpt",
         f"small GPT ({_LAYERS} layers, width {_WIDTH}, {_BATCH} x {_LENGTH} tokens), {_TIMED_STEPS} steps of forward, "
         "backward and AdamW after a warm-up step",
         _gpt,
+        _TIMED_STEPS,
     ),
 ]
 
@@ -130,10 +142,15 @@ def _nothing(_: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _ours(model: nn.Module) -> Iterator[_OwnClock]:
-    monitor = watch(model)
+def _ours(model: nn.Module, looks: list[float] | None = None, **options: Any) -> Iterator[_OwnClock]:
+    """Watch; at the end `looks` takes in what one look at parameters, buffers and optimizer state takes."""
+    monitor = watch(model, **options)
     try:
         yield lambda: monitor.snapshot.monitor_seconds
+        if looks is not None:
+            started = time.perf_counter()
+            monitor._verdict.look()
+            looks.append(time.perf_counter() - started)
     finally:
         monitor.close()
 
@@ -160,9 +177,16 @@ def _anomaly(_: nn.Module) -> Iterator[None]:
             yield
 
 
-def watchers() -> dict[str, _Watcher]:
+def watchers(looks: list[float] | None = None) -> dict[str, _Watcher]:
     """Return name -> a context in which a model is watched; those that can run here."""
-    here = {NOTHING: _nothing, CONTROL: _nothing, OURS: _ours, WANDB: _wandb, ANOMALY: _anomaly}
+    here: dict[str, _Watcher] = {
+        NOTHING: _nothing,
+        CONTROL: _nothing,
+        OURS: partial(_ours, looks=looks),
+        NO_VERDICT: partial(_ours, trap=False, damage_every=10**9),
+        WANDB: _wandb,
+        ANOMALY: _anomaly,
+    }
     if wandb is None:
         del here[WANDB]
     return here
@@ -171,13 +195,20 @@ def watchers() -> dict[str, _Watcher]:
 def measure_workload(workload: Workload, rounds: int, tick: Tick) -> Section:
     """Train under each watcher by turns."""
     shares: list[float] = []
+    looks: list[float] = []
     timed: Mapping[str, Callable[[], float]] = {
-        name: partial(_timed, workload, watcher, shares) for name, watcher in watchers().items()
+        name: partial(_timed, workload, watcher, shares) for name, watcher in watchers(looks).items()
     }
     timed[NOTHING]()  # warms up what is warmed up once per process
-    samples = alternate(timed, rounds, tick, often={NOTHING, CONTROL, OURS})
+    samples = alternate(timed, rounds, tick, often={NOTHING, CONTROL, OURS, NO_VERDICT})
     section = Section(workload.name, workload.title, NOTHING, samples)
     section.notes.append(f"By its own clock {OURS} took {median(shares):.2%} of the run.")
+    step = median(samples[NOTHING]) / workload.checks
+    look = median(looks)
+    section.notes.append(
+        f"A look at parameters, buffers and optimizer state took {look * 1e3:.2f} ms; one in {LOOK_EVERY:,} checks is "
+        f"{look / LOOK_EVERY / step:.4%} of the run."
+    )
     if wandb is None:
         section.skipped[WANDB] = "wandb is not installed"
     return section
