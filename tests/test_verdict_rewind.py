@@ -262,3 +262,12 @@ def test_an_optimizer_whose_steps_cannot_be_undone_is_refused():
     model = network()
     with pytest.raises(ValueError, match="on_critical: 'rewind' cannot drop a step of LBFGS"):
         watch(model, optimizer=torch.optim.LBFGS(model.parameters()), on_critical="rewind")
+
+
+def test_one_of_several_ranks_does_not_go_back_by_itself(monkeypatch):
+    from esper_telemetry.monitor import rewinding
+
+    monkeypatch.setattr(rewinding, "several", lambda: True)
+    model = network()
+    with pytest.raises(ValueError, match="'rewind' expects one rank, as each would go back by itself"):
+        watch(model, optimizer=torch.optim.Adam(model.parameters()), on_critical="rewind")
