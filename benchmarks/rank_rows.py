@@ -191,8 +191,9 @@ def report(results: dict[str, Any]) -> str:
 
 NOTES = """Every rank of the simulated run sees 7 NaN and all of them are scraped. Rows are those of real ranks, in a
 real TCPStore, whose server shared these cores; series are served at one address, as so many targets do not fit a
-machine. Rank 0 reads in a thread of its own, rests 20 times as long as it has read, and reads every 5 s at the most
-when nothing is bad."""
+machine. The machine was shared with other work, so that single numbers are upper bounds. With more than some
+500 ranks scrape leaders alone. Rank 0 reads in a thread of its own, rests 20 times as long as it has read, and reads
+every 5 s at the most when nothing is bad."""
 
 
 def _milliseconds(value: float | None) -> str:
