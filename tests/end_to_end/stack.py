@@ -99,7 +99,8 @@ class Stack:
     def wait_until_resolved(self, seconds=90):
         """Wait for the all-clear; fail unless there was exactly one page before it."""
         until("the page is resolved", lambda: self.pager.pages()[-1]["status"] == "resolved", seconds)
-        assert [page["status"] for page in self.pager.pages()] == ["firing", "resolved"]
+        pages = self.pager.pages()
+        assert [page["status"] for page in pages] == ["firing", "resolved"], pages
 
 
 def query(server, expression):
