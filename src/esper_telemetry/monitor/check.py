@@ -100,7 +100,7 @@ class Check(NamedTuple):
         """Return what this rank's own backward made."""
         bad = self.shared.own_bad(found, () if self.amp is None else self.amp.handled)
         if bad is None:
-            return {}
+            return {"local": before.local and before.local.unmeasured()}
         local = before.local or LocalCheck(0, 0, RecentWindow(before.recent.seconds))
         origin = self.names[by_arrival(bad, self.order)[0]] if bad else None
         return {"local": local.after(now, self._layers(bad), sum(1 << index for index in bad), origin)}

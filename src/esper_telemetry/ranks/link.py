@@ -46,7 +46,7 @@ class Link:
 
     def turn(self, snapshot: Snapshot, bad: tuple[BadCheck, ...], url: str | None, ended: bool) -> None:
         """Write and read what is due."""
-        attributes = snapshot.checks == 0 or snapshot.local is not None
+        attributes = snapshot.checks == 0 or snapshot.local_inf_count is not None
         told = (bad, url, ended, attributes)
         due = time.monotonic() >= self._beat_at + BEAT_SECONDS
         if due or told != self._told:

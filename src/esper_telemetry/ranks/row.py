@@ -36,7 +36,8 @@ class BadCheck(NamedTuple):
     @classmethod
     def of(cls, snapshot: Snapshot) -> BadCheck | None:
         """Read the last check; None when it was good, before the reduction and after it."""
-        local, exact = snapshot.local, snapshot.scope is None or snapshot.scope.exact
+        local = None if snapshot.local_inf_count is None else snapshot.local
+        exact = snapshot.scope is None or snapshot.scope.exact
         check = cls(
             snapshot.checks,
             snapshot.inf_grad_count,

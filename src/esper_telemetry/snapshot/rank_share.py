@@ -28,21 +28,27 @@ class GradScope:
 class LocalCheck:
     """Count what this rank's own backward pass made, before any reduction.
 
+    inf_count, nan_count: None where the last check did not measure them.
     recent: the worst of the recent window.
     origin_layer: of the last check that was bad here, the layer that gradients reached first.
     """
 
-    inf_count: int
-    nan_count: int
+    inf_count: int | None
+    nan_count: int | None
     recent: RecentWindow
     origin_layer: str | None = None
 
     def after(self, now: float, layers: Sequence[LayerCounts], bad_layers: int, origin_layer: str | None) -> LocalCheck:
         """Return what is known after a check that found these bad layers here, none where all is well."""
         if not layers:
-            return self if not (self.inf_count or self.nan_count) else LocalCheck(0, 0, self.recent, self.origin_layer)
+            good = (self.inf_count, self.nan_count) == (0, 0)
+            return self if good else replace(self, inf_count=0, nan_count=0)
         inf, nan = sum(layer.inf_count for layer in layers), sum(layer.nan_count for layer in layers)
         return LocalCheck(inf, nan, self.recent.after(now, layers, bad_layers), origin_layer)
+
+    def unmeasured(self) -> LocalCheck:
+        """Return what is known after a check that did not measure what this rank made."""
+        return replace(self, inf_count=None, nan_count=None)
 
     def within(self, seconds: float) -> LocalCheck:
         """Return the same for a recent window of another length."""

@@ -69,7 +69,8 @@ class Trap:
             if getattr(module, "_compiled_call_impl", None) is not None:
                 continue
             before, after = _Hook(self._before, name), _Hook(self._after, name)
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            # First of all: FSDP's hook puts whole parameters in place of the shards, and a look is for the shards.
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             if self._watching:
                 self._handles.append(module.register_forward_hook(after))
 
