@@ -169,7 +169,9 @@ def test_a_command_of_readme_and_tutorial_runs(line, folder, capsys):
 
 @pytest.mark.parametrize("line", [line for line in RUN if "--hold" in line])
 def test_a_command_that_holds_ends_with_ctrl_c(line, folder):
-    command = [sys.executable, "-c", ESPER, *shlex.split(line)[1:]]
+    # What runs in the background of a shell, as the tests may, is deaf to Ctrl-C.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{hear}; {ESPER}", *shlex.split(line)[1:]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
         said = ""
         for text in child.stdout:
