@@ -34,6 +34,16 @@ def test_who_floods_gets_its_share_and_not_more():
     assert asyncio.run(flood(Pace().others)) < 3 * BURST_SECONDS  # of a second
 
 
+def test_a_share_that_waking_up_alone_uses_has_its_turn_all_the_same():
+    async def ask():
+        turns = Turns(0.5, lambda: 0.01)  # whatever the thread does, it costs twenty times what a rest earns
+        turns._paid_until = time.monotonic() + 2 * BURST_SECONDS + 0.05
+        for _ in range(3):
+            await asyncio.wait_for(turns.next(), 60)
+
+    asyncio.run(ask())
+
+
 def test_nobody_waits_as_long_as_little_is_asked():
     async def ask():
         turns = Pace().regulars

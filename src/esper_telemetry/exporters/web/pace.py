@@ -100,15 +100,21 @@ class Turns:
         self._resting = over > (-a_round if self._resting else 0)
         return over + a_round if self._resting else 0.0
 
-    def _release(self) -> None:
-        """Let one have its turn, and see what is left after it."""
+    def _release(self, rested: bool = False) -> None:
+        """Let one have its turn, and see what is left after it.
+
+        rested: whether the rest that was due is over. To wake up costs something too, which is for the next rest: a
+            share so small that waking up alone uses it would never have its turn else.
+        """
         self.charge()
         loop = asyncio.get_running_loop()
         self._release_is_due = bool(self._waiting)
         if not self._waiting:
             return
-        if rest := self._rest():
-            loop.call_later(rest, self._release)
+        if rested:
+            self._resting = False
+        elif rest := self._rest():
+            loop.call_later(rest, self._release, True)
             return
         turn = self._choose()
         self._last_address = self._waiting.pop(turn)
