@@ -95,7 +95,7 @@ echo "${COMPREPLY[*]}"
     [
         ("dr", "drill"),
         ("ppo --episo", "--episodes"),
-        ("ppo --on-critical ", "continue skip halt"),
+        ("ppo --on-critical ", "continue skip halt rewind"),
         ("ppo --textfile-dir /us", "/usr"),
         ("report pyproj", "pyproject.toml"),
     ],

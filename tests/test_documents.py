@@ -34,6 +34,7 @@ SHELL = [
 ]
 IN_OTHER_FILES = {
     "docs/loops.md": "tests/test_loops.py",
+    "docs/ranks.md": "tests/test_ranks_docs.py",
     "docs/trackers.md": "tests/test_trackers.py",
     "docs/webhook.md": "tests/test_notify_webhook.py",
 }

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -125,7 +126,7 @@ def test_the_resource_is_the_run(receiver):
     resource = pushed(receiver, fresh()).resource
     assert resource["service.name"] == "esper-telemetry"
     assert resource["service.namespace"] == "esper"
-    assert resource["service.version"].count(".") == 2
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", resource["service.version"])
     assert resource["service.instance.id"] == "run-1:0"
     assert resource["host.name"] == "box"
 

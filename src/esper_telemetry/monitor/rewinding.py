@@ -23,7 +23,7 @@ def with_rewind(
 
     Raise ValueError where the state could not be put back.
     """
-    if on_critical != "rewind":
+    if not (isinstance(on_critical, str) and on_critical == "rewind"):
         return on_critical
     if several():
         raise ValueError("on_critical: 'rewind' expects one rank, as each would go back by itself; use 'skip'")

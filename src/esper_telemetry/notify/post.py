@@ -29,9 +29,9 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
 def checked_url(url: str) -> Target:
     """Split a URL; raise ValueError in one line where it is none."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url if isinstance(url, str) else "")
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
-    except (AttributeError, TypeError, ValueError):
+    except ValueError:
         usable = False
     if not usable or " " in url:
         raise ValueError(f"webhook: expected a URL such as http://127.0.0.1:5001/alerts, got {shown(url)}")
