@@ -118,7 +118,8 @@ def test_while_prometheus_is_down_for_20_seconds(stack):
 
 
 def test_two_prometheus_servers_give_one_page(tmp_path):
-    with Stack(tmp_path, prometheus_count=2) as stack, stack.trainer(*FAULT) as run:
+    patient = Stack(tmp_path, prometheus_count=2, windows=PATIENT)
+    with patient as stack, stack.trainer(*FAULT, "--window", "20") as run:  # both may take seconds to see the target
         stack.list_trainers(run.url)
         for server in stack.prometheus:
             until("both fire", lambda server=server: query(server, 'ALERTS{alertname="EsperInfGradients"}'))
