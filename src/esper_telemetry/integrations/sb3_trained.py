@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper_telemetry.scan.layers import parameters_of
+
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -44,7 +46,7 @@ class Trained(NamedTuple):
         left = {
             id(parameter): (f"{name}.{number}", parameter)
             for optimizer, name in optimizers.items()
-            for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+            for number, parameter in enumerate(parameters_of(optimizer))
         }
         trained = frozenset(left)
         model: dict[str, _Part] = {}

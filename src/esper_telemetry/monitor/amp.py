@@ -15,8 +15,8 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from esper_telemetry import arguments
-from esper_telemetry.monitor.steps import parameter_ids
 from esper_telemetry.scan import Scan
+from esper_telemetry.scan.layers import parameter_ids
 from esper_telemetry.scan.scalars import Scalars
 from esper_telemetry.snapshot.amp_state import AmpState
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from esper_telemetry.monitor.steps import parameter_ids
 from esper_telemetry.monitor.watched import Watched
+from esper_telemetry.scan.layers import parameter_ids
 
 OnStep = Callable[[Optimizer], None]
 

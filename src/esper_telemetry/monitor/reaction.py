@@ -13,6 +13,7 @@ from esper_telemetry import arguments
 from esper_telemetry.health import CRITICAL_ABOVE, POLICIES, HealthTier
 from esper_telemetry.monitor.steps import Steps, check_can_drop, check_can_vote
 from esper_telemetry.ranks.vote import Found, Vote, several
+from esper_telemetry.scan.layers import parameter_ids
 from esper_telemetry.snapshot import Snapshot
 
 logger = logging.getLogger("esper_telemetry")
@@ -142,8 +143,7 @@ class Reaction:
     def _is_ours(self, optimizer: Optimizer, own: Callable[[], Collection[int]]) -> bool:
         if id(optimizer) in self._optimizers:
             return True
-        own_ids = own()
-        return any(id(each) in own_ids for group in optimizer.param_groups for each in group["params"])
+        return not parameter_ids(optimizer).isdisjoint(own())
 
     def _hold_vote(self, vote: Vote, awaits: tuple[Snapshot, Found]) -> None:
         (snapshot, found), self._awaits_vote = awaits, None

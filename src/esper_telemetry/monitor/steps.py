@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from esper_telemetry.monitor.engine import is_engine
+from esper_telemetry.scan.layers import parameters_of
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -35,11 +36,6 @@ def list_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[O
         if not isinstance(each, Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(each).__name__}")
     return given
-
-
-def parameter_ids(optimizer: Optimizer) -> set[int]:
-    """Return which parameters an optimizer steps, by their ids."""
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def check_can_drop(optimizers: Sequence[Optimizer], policy: str = "skip") -> None:
@@ -72,11 +68,7 @@ def check_can_vote(optimizers: Sequence[Optimizer], roots: Iterable[object]) -> 
         name = type(each).__name__
         if isinstance(each, LBFGS):
             raise ValueError(f"on_critical: ranks cannot vote within a step of {name}; expected 'continue'")
-        if any(
-            hasattr(parameter, "_in_backward_optimizers")
-            for group in each.param_groups
-            for parameter in group["params"]
-        ):
+        if any(hasattr(parameter, "_in_backward_optimizers") for parameter in parameters_of(each)):
             raise ValueError(
                 f"on_critical: ranks cannot vote while {name} steps during backward(); expected 'continue'"
             )
@@ -152,7 +144,7 @@ class Steps:
             return  # a GradScaler told a fused optimizer to skip this step by itself
         for counters in self._under_way.get(optimizer, ()):
             counters.dropped = True
-        with_gradients = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        with_gradients = [each for each in parameters_of(optimizer) if each.grad is not None]
         for parameter in with_gradients:
             parameter.grad = None
         if with_gradients:

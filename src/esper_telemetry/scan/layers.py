@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 Model = nn.Module | Mapping[str, nn.Module | Tensor]
 
@@ -139,3 +140,13 @@ def _is_wrapper(module: nn.Module, child: str) -> bool:
     if child in _WRAPPED:
         return True
     return child == "module" and isinstance(module, DataParallel | DistributedDataParallel)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimizer steps, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return which parameters an optimizer steps, by their ids."""
+    return set(map(id, parameters_of(optimizer)))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
+from esper_telemetry.scan.layers import parameter_ids
+
 
 class Optimizers:
     """Know the optimizers of a model; none is kept alive.
@@ -32,8 +34,7 @@ class Optimizers:
             return True
         if optimizer in self._strangers:
             return False
-        watched = {id(parameter) for parameter in self._parameters()}
-        if any(id(parameter) in watched for group in optimizer.param_groups for parameter in group["params"]):
+        if not parameter_ids(optimizer).isdisjoint(map(id, self._parameters())):
             self._own[id(optimizer)] = weakref.ref(optimizer)
             return True
         self._strangers.add(optimizer)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper_telemetry import arguments
+from esper_telemetry.scan.layers import parameters_of
 from esper_telemetry.scan.layouts import local_numel
 from esper_telemetry.verdict.state import Watched
 
@@ -152,7 +153,7 @@ def _put_back(kept: Any, now: Any) -> Any:
 def _keep_optimizer(optimizer: Optimizer, before: Any) -> dict[str, Any]:
     known = before or {"states": [], "copies": []}
     states, copies = [], []
-    for index, parameter in enumerate(each for group in optimizer.param_groups for each in group["params"]):
+    for index, parameter in enumerate(parameters_of(optimizer)):
         old = [part[index] if index < len(part) else None for part in (known["states"], known["copies"])]
         states.append(_keep(optimizer.state[parameter], old[0]) if parameter in optimizer.state else None)
         copies.append(_keep(parameter, old[1]) if before is None or old[1] is not None else None)
@@ -168,8 +169,7 @@ def _put_back_optimizer(optimizer: Optimizer, kept: Any) -> None:
     if kept is None:  # it was not known when the copy was made, and had no state
         optimizer.state.clear()
         return
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    for parameter, state, own in zip(parameters, kept["states"], kept["copies"], strict=False):
+    for parameter, state, own in zip(parameters_of(optimizer), kept["states"], kept["copies"], strict=False):
         if own is not None:
             _put_back(own, parameter.detach())
         if state is None:

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from esper_telemetry.scan.layers import parameters_of
+
 
 class Watched(Protocol):
     """The model as it is now."""
@@ -52,7 +54,7 @@ def list_state(watched: Watched, optimizers: Sequence[Optimizer]) -> list[Held]:
 
 def _state_of(optimizer: Optimizer, own: Mapping[int, str]) -> Iterator[Held]:
     """Yield what an optimizer keeps; parameters that are not the model's are its own copies of them."""
-    for index, parameter in enumerate(each for group in optimizer.param_groups for each in group["params"]):
+    for index, parameter in enumerate(parameters_of(optimizer)):
         name = own.get(id(parameter))
         if name is None:
             name = f"parameter {index} of {type(optimizer).__name__}"
