@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -128,7 +128,9 @@ def test_every_public_function_is_tried():
 @pytest.mark.parametrize(
     ("entrance", "name"), [(entrance, name) for entrance, taken in ENTRANCES.items() for name in taken]
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(anything=Strange())
+@example(anything="\n")
 @given(anything=ANYTHING)
 def test_anything_is_taken_or_refused_in_one_line(entrance, name, anything, monitor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a text is the name of a folder

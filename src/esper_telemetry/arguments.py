@@ -15,7 +15,7 @@ _PLAIN = (str, bytes, int, float, type(None))
 def shown(given: object) -> str:
     """Return what was given as a line has room for it: its value where that is short, else its type."""
     value = repr(given) if isinstance(given, _PLAIN) else ""
-    return value if 0 < len(value) <= _LONGEST else type(given).__name__
+    return value if 0 < len(value) <= _LONGEST and value.isprintable() else type(given).__name__
 
 
 def flag(name: str, given: object) -> bool:
@@ -52,6 +52,8 @@ def path(name: str, given: object) -> Path:
     """Check that it names a file or a folder."""
     if not isinstance(given, str | os.PathLike) or not isinstance(os.fspath(given), str):
         raise ValueError(f"{name}: expected a path, got {shown(given)}")
+    if any(character < " " for character in os.fspath(given)):
+        raise ValueError(f"{name}: expected a path without control characters, got {os.fspath(given)[:_LONGEST]!r}")
     return Path(given)
 
 

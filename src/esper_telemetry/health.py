@@ -84,7 +84,10 @@ class GradientHealth:
 
 def aggregate_layer_gradient_health(stats: Iterable[LayerGradientStats]) -> GradientHealth:
     """Sum per-layer statistics; no layers give zeros and an empty mapping."""
-    layers = list(stats) if isinstance(stats, Iterable) else [stats]
+    try:
+        layers = list(stats)
+    except TypeError:  # not all that has an __iter__ can be iterated: a tensor without dimensions cannot
+        layers = [stats]  # type: ignore[list-item]
     for layer in layers:
         if not isinstance(layer, LayerGradientStats):
             raise ValueError(f"stats: expected LayerGradientStats of layers, got {type(layer).__name__}")

@@ -182,9 +182,7 @@ def start_exporter(
     snapshot_of("source", source)
     arguments.flag("allow_drill", allow_drill)
     arguments.flag("strict", strict)
-    linger = _seconds("ESPER_LINGER_SECONDS", os.environ.get("ESPER_LINGER_SECONDS")) if linger is None else linger
-    if linger is not None:
-        linger = _seconds("linger", linger)
+    linger = _linger_of_environment() if linger is None else arguments.seconds("linger", linger)
     host, port = parse_address(default_address(source.snapshot.run.local_rank) if address is None else address)
     access = None if web_config_file is None else _access(arguments.path("web_config_file", web_config_file))
     before = _open_at(host, port)
@@ -217,16 +215,12 @@ def _listen(host: str, port: int, strict: bool) -> socket.socket:
         return listener
 
 
-def _seconds(name: str, given: object) -> float | None:
-    if given is None or given == "":
-        return None
+def _linger_of_environment() -> float | None:
+    text = os.environ.get("ESPER_LINGER_SECONDS", "")
     try:
-        seconds = float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{name}: expected seconds of at least 0, got {given!r}")
-    return seconds
+        return arguments.seconds("ESPER_LINGER_SECONDS", float(text)) if text else None
+    except ValueError:
+        raise ValueError(f"ESPER_LINGER_SECONDS: expected seconds of at least 0, got {arguments.shown(text)}") from None
 
 
 def _ends_well() -> bool:

@@ -7,6 +7,7 @@ import logging
 import torch.distributed as dist
 
 from esper_telemetry.monitor import GradientMonitor
+from esper_telemetry.ranks.wrappers import several
 
 logger = logging.getLogger("esper_telemetry")
 
@@ -17,11 +18,11 @@ def may_save(monitor: GradientMonitor | None) -> bool:
     Where it is no, one line in the log says why.
     """
     safe = None if monitor is None else monitor.safe_to_save()
-    reasons = [None if safe is None or safe else safe.why]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        reasons = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, None if safe is None or safe else safe.why)
-    why = next((each for each in reasons if each is not None), None)
+    why = None if safe is None or safe else safe.why
+    if several():
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, why)
+        why = next((each for each in reasons if each is not None), None)
     if why is not None:
         logger.warning("esper: no checkpoint is saved, so that the last good one stays: %s", why)
     return why is None

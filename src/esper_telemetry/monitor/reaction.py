@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from esper_telemetry import arguments
 from esper_telemetry.health import CRITICAL_ABOVE, POLICIES, HealthTier
 from esper_telemetry.monitor.steps import Steps, check_can_drop, check_can_vote
-from esper_telemetry.ranks.vote import Found, Vote, several
+from esper_telemetry.ranks.vote import Found, Vote
+from esper_telemetry.ranks.wrappers import several
 from esper_telemetry.scan.layers import parameter_ids
 from esper_telemetry.snapshot import Snapshot
 

@@ -10,7 +10,7 @@ from esper_telemetry.monitor.latest import Latest
 from esper_telemetry.monitor.reaction import Policy
 from esper_telemetry.monitor.steps import check_can_drop
 from esper_telemetry.monitor.watched import Watched
-from esper_telemetry.ranks.vote import several
+from esper_telemetry.ranks.wrappers import several
 from esper_telemetry.recorder import FlightRecorder
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.verdict.verdict import Verdict

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from esper_telemetry.ranks.link import Link
 from esper_telemetry.ranks.row import BEAT_SECONDS, KEPT, BadCheck
 from esper_telemetry.ranks.store import job_store
+from esper_telemetry.ranks.wrappers import several
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.ranks import Ranks
 
@@ -85,7 +86,7 @@ class RankRows:
     def _begin(self) -> None:
         if self._alone or job_store() is None:
             return
-        self._alone = sys.modules["torch.distributed"].get_world_size() == 1
+        self._alone = not several()
         if not self._alone:
             arguments = (weakref.ref(self), self._wake)
             self._thread = threading.Thread(target=_work, args=arguments, name="esper-ranks", daemon=True)

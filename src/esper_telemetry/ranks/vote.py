@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from esper_telemetry.ranks.wrappers import joined
-
 SECONDS = 300.0
 """How long a rank waits for the others, in a vote and in the making of its group. It bounds what a rank may do between
 the end of its backward pass and its step: at that end all ranks were together."""
@@ -27,11 +25,6 @@ class Found(NamedTuple):
     inf: int
     nan: int
     critical: int
-
-
-def several() -> bool:
-    """Tell whether this process is one of several ranks."""
-    return joined() and dist.get_world_size() > 1
 
 
 class Vote:

@@ -25,6 +25,11 @@ def joined() -> bool:
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
+def several() -> bool:
+    """Tell whether this process is one of several ranks."""
+    return joined() and sys.modules["torch.distributed"].get_world_size() > 1
+
+
 def class_of(named: Named) -> type | None:
     """Return a class, None where its module was not imported."""
     found = getattr(sys.modules.get(named[0]), named[1], None)
