@@ -152,12 +152,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 LINES = {
-    "reading_beats": "rank 0 reads all rows, each with a new beat",
+    "reading_beats": "rank 0 reads all rows, each with a new heartbeat",
     "reading_all_bad": "rank 0 reads all rows, each with 8 bad checks",
     "targets": "list of targets",
     "samples": "rank 0's samples for a scrape",
-    "prometheus": "a round of all rules, Prometheus",
-    "victoria_metrics": "a round of all rules, VictoriaMetrics",
+    "prometheus": "one evaluation of all rules, Prometheus",
+    "victoria_metrics": "one evaluation of all rules, VictoriaMetrics",
     "publish": "a rank publishes its row",
 }
 
@@ -173,13 +173,13 @@ def report(results: dict[str, Any]) -> str:
     }
     rows |= {
         "rank 0 reads all rows, none changed": lambda run: _milliseconds(run["reading_unchanged"]),
-        "rank 0 reads them for the first time": lambda run: _milliseconds(run["first_reading"]),
+        "rank 0 reads all rows for the first time": lambda run: _milliseconds(run["first_reading"]),
         "a rank publishes a row with 8 bad checks": lambda run: _milliseconds(run["publish_bad"]),
         "size of the list of targets": lambda run: f"{run['targets_bytes'] / 1024:,.0f} KiB",
         "targets with `?scrape=leader`": lambda run: f"{run['leaders']:,.0f}",
         "series of rank 0's page": lambda run: f"{run['series_of_rank_0']:,.0f}",
-        "series that the rules look at": lambda run: f"{run['series_of_run']:,.0f}",
-        "alerts on NaN that fire": lambda run: f"{run['alerts']:,.0f}" if "alerts" in run else "-",
+        "series that the rules read": lambda run: f"{run['series_of_run']:,.0f}",
+        "firing alerts on NaN": lambda run: f"{run['alerts']:,.0f}" if "alerts" in run else "-",
     }
     lines += [f"| {name} | " + " | ".join(tell(run) for run in runs.values()) + " |" for name, tell in rows.items()]
     training = results["training"]
@@ -189,11 +189,11 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-NOTES = """Every rank of the simulated run sees 7 NaN and all of them are scraped. Rows are those of real ranks, in a
-real TCPStore, whose server shared these cores; series are served at one address, as so many targets do not fit a
-machine. The machine was shared with other work, so that single numbers are upper bounds. With more than some
-500 ranks scrape leaders alone. Rank 0 reads in a thread of its own, rests 20 times as long as it has read, and reads
-every 5 s at the most when nothing is bad."""
+NOTES = """Every rank of the simulated run sees 7 NaN, and every rank is scraped. The rows are like those of real
+ranks, in a real TCPStore whose server shared these cores. All series are served at one address, because one
+machine cannot hold so many targets. The machine was shared with other work, so the numbers are upper
+bounds. With more than about 500 ranks, scrape only the leaders. Rank 0 reads in a background thread and
+pauses 20 times as long as it has read; when nothing is bad, it reads every 5 s."""
 
 
 def _milliseconds(value: float | None) -> str:

@@ -17,15 +17,18 @@ from benchmarks.targets import size, verdicts
 _MET = {True: "met", False: "**not met**", None: "not decided"}
 
 _METHOD = """\
-All contenders run in one process and take turns: each round runs every one of them once, in another order. Short calls
-are repeated until a sample lasts 50 ms. Ratios are taken within a round; given are the median over the rounds and, in
-brackets, the lowest and the highest. Before anything is timed, every check is held to what `isinf` and `isnan` find.
-"Temporary" is the largest single allocation of a call, "at once" the most that it held together. In whole training
-runs `watch()` and the run without it have three turns per round; where that run differs from itself by more than the
-target, the machine was too restless to decide it.
+All contenders run in one process and take turns: each round runs every one of them once, in random order. Short calls
+are repeated until a sample lasts 50 ms. Ratios are computed within a round; the tables show the median over the rounds
+and, in brackets, the lowest and the highest. Before anything is timed, every check is compared with what `isinf` and
+`isnan` find. "Temporary" is the largest single allocation of a call, "at once" the most that it held at the same time.
+In whole training runs, `watch()` and the run without it have three turns per round. If the run without it differs from
+itself by more than the target, the machine was too noisy and the target is not decided.
+
+"The record's formula" is one `isinf().sum()` and one `isnan().sum()` per tensor. "The original's ten statistics" are
+the same ten values as ours, each computed by its own torch call.
 """
 
-_NOT_HERE = "CUDA is not part of this program, which times the CPU.\n"
+_NOT_HERE = "This program times the CPU only.\n"
 
 
 @dataclass(frozen=True, slots=True)

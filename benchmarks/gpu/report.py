@@ -12,47 +12,49 @@ from benchmarks.gpu.targets import MET, UNDECIDED, Verdict, ratios, verdicts
 from benchmarks.measurement import Spread
 
 _SHORTLY = """\
-The check reads every element of every gradient once, and counts Inf and NaN in each layer. Times are the device's own,
-by CUDA events, medians of rounds in which everything that is compared takes its turn in one process; the read bandwidth
-is the best that any of several kernels reached that do nothing but add up 4 GiB.
+The check reads every element of every gradient once, and counts Inf and NaN in each layer. Times are device times from
+CUDA events: medians over rounds in which all contenders take turns in one process. The read bandwidth is the best of
+several kernels that only add up 4 GiB.
 """
 
 _METHOD = """\
-All contenders run in one process and take turns: each round runs every one of them once, in another order; given are
-the median over the rounds and, in brackets, the lowest and the highest. *Device* is the time between two CUDA events
-around calls that were all queued while the device was kept busy, so that it never waits for the host; a contender
-that waits for the device within a call is timed with its gaps. *Host* is the time until a call returns, *elapsed* the
-time of calls one after the other until the device is done. A check is launched and its result fetched as a monitor
-does it, when it is there. Ratios are taken within a round. Before anything is timed, every check is held to what
-`isinf` and `isnan` find, layer by layer. Gradients larger than the last cache are copied until all copies are eight
-times as large as it, up to four, and the copies take turns. `monitor.update()` is given gradients that no backward pass
-has made; then it tags every parameter again, which training spares the host. In the training step the noise is what the
-run without a monitor differs from itself, and two standard errors of that; where it exceeds the target, nothing is
-decided.
+All contenders run in one process and take turns: each round runs every one of them once, in random order. The tables
+show the median over the rounds and, in brackets, the lowest and the highest. Ratios are computed within a round.
+
+*Device* is the time between two CUDA events around calls that were all queued while the device was busy, so that it
+never waits for the host; if a contender waits for the device within a call, those gaps are included. *Host* is the time
+until a call returns. *Elapsed* is the time of consecutive calls until the device is done. The result of a check is
+fetched as a monitor does it: when it is there.
+
+Before anything is timed, every check is compared with what `isinf` and `isnan` find, layer by layer. Gradients larger
+than the last-level cache are copied until all copies together are eight times its size, at most four copies, and the
+copies take turns. `monitor.update()` gets gradients that no backward pass has made, so it tags every parameter again;
+in real training the host does not pay for that. In the training step, the noise is the difference of the run without a
+monitor from itself, plus two standard errors. If it exceeds the target, the target is not decided.
 """
 
 _FACTS = {
-    "steps": "steps that are looked at",
-    "synchronisations_without": "synchronisations that torch warns of, in steps without a monitor",
-    "synchronisations_with": "the same, in steps with one",
-    "errors_where_they_are_errors": "failed checks where torch makes an error of each synchronisation",
+    "steps": "steps observed",
+    "synchronisations_without": "synchronisations that torch warns about, in steps without a monitor",
+    "synchronisations_with": "the same, in steps with a monitor",
+    "errors_where_they_are_errors": "failed checks when torch raises at each synchronisation",
     "checks": "checks so far",
-    "update_seconds_behind": "the longest update() while the device is behind",
-    "device_seconds_behind": "by how much it is behind",
-    "results_published_early": "results published before the device was done: 0 is right",
+    "update_seconds_behind": "longest update() while the device lags behind",
+    "device_seconds_behind": "how far it lags behind",
+    "results_published_early": "results published before the device was done (must be 0)",
     "results_published_late": "and after",
-    "errors_behind": "failed checks meanwhile",
-    "device_allocations_per_step": "device allocations that a monitor adds to a step",
-    "pinned_allocations_per_step": "pinned allocations that it adds",
-    "side_stream_counts": "Inf and NaN found in a gradient with one Inf that arrives late on a stream of its own",
-    "side_stream_ready_early": "whether that was told before it arrived",
-    "side_stream_left_the_current_one_idle": "whether the current stream was left alone",
-    "publish_seconds": "from update() until its result is published, by polling",
-    "publish_seconds_at_most": "the longest of these",
+    "errors_behind": "failed checks during that time",
+    "device_allocations_per_step": "device allocations that a monitor adds per step",
+    "pinned_allocations_per_step": "pinned allocations that it adds per step",
+    "side_stream_counts": "Inf and NaN found in a gradient with one Inf that arrives late on another stream",
+    "side_stream_ready_early": "reported before it arrived",
+    "side_stream_left_the_current_one_idle": "current stream left idle",
+    "publish_seconds": "time from update() until its result is published, by polling",
+    "publish_seconds_at_most": "longest of these",
     "update_seconds": "of that, update() itself",
-    "capture_refused": "what a check says while a CUDA graph is captured",
-    "capture_survived": "whether the graph is whole",
-    "capture_errors_counted": "checks counted as failed by it",
+    "capture_refused": "error of a check while a CUDA graph is captured",
+    "capture_survived": "graph still valid",
+    "capture_errors_counted": "checks that this counted as failed",
 }
 
 
@@ -76,7 +78,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts[-1] += f"triton {machine['triton']}; measured {results['date']} by `python -m benchmarks.gpu`.\n"
     parts += [_SHORTLY, "## Targets\n", _markdown_table(["what", "target", "reached", ""], targets)]
     parts += ["## Side by side\n", _markdown_table(*_overview(sections))]
-    parts += ["Every time of every round is in [gpu.json](gpu.json).\n"]
+    parts += ["[gpu.json](gpu.json) has every measured time.\n"]
     parts += ["![Device time of each contender, a panel per model](gpu.png)\n"]
     parts += ["## How it is measured\n", _METHOD]
     for section in sections.values():
