@@ -57,7 +57,7 @@ bench: $(INSTALLED)  ## Measure the cost side by side with what people use today
 bench-gpu:  ## Measure the cost on an NVIDIA GPU, with the torch and Triton of $(PYTHON); about 5 minutes
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --out benchmarks
 
-bench-ranks: $(INSTALLED)  ## Measure a check and a vote on two ranks, and simulate 10,000; about 10 minutes
+bench-ranks: $(INSTALLED)  ## Measure a check and a vote on two ranks, and simulate 10,000; about 15 minutes
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.ranks
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.rank_rows
 

@@ -35,6 +35,17 @@ def test_after(number):
 """
 
 
+GROUP = """
+import os
+import pytest
+
+@pytest.mark.xdist_group("group")
+@pytest.mark.parametrize("number", range(20))
+def test_in_one_process(number):
+    open(f"process {os.getpid()}", "w").close()
+"""
+
+
 def run(folder, fault, *options):
     """Run the tests with the project's settings on two workers; return the exit code and what was printed."""
     folder.joinpath("test_fault.py").write_text(TESTS.format(fault=fault))
@@ -73,3 +84,10 @@ def test_a_test_that_hangs_where_no_signal_arrives_ends_the_run(tmp_path):
     assert code == 1
     assert "crashed while running 'test_fault.py::test_at_fault'" in output
     assert "Timeout (0:00:03)!" in output
+
+
+def test_a_group_runs_in_one_process(tmp_path):
+    tmp_path.joinpath("test_group.py").write_text(GROUP)
+    code, _ = run(tmp_path, "pass")
+    assert code == 0
+    assert len(list(tmp_path.glob("process *"))) == 1

@@ -14,7 +14,7 @@ from deploy.stack.servers import free_port
 from tests.end_to_end.stack import Stack, query, until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp_gpt.py"
-FAULT = "nan:7@60:rank=1"
+FAULT = "nan:7@400:rank=1"  # late, so that Prometheus knows both ranks: one that it has not seen yet cannot count
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def test_under_ddp_a_bad_rank_is_one_page_that_names_it_and_no_replica_takes_the
 
 def test_under_fsdp2_seven_that_are_split_into_four_and_three_are_critical(tmp_path, leader):
     with Stack(tmp_path, leader=leader) as stack:
-        more = ("--strategy", "fsdp2", "--inject", "nan:7@150:rank=1", "--steps", "150", "--pause", "0.02")
+        more = ("--strategy", "fsdp2", "--inject", FAULT, "--steps", "400", "--pause", "0.02")
         with torchrun(tmp_path, "--listen-address", leader, *more, launcher=alone(free_port())) as run:
             assert_one_page(stack)
             (prometheus,) = stack.prometheus
