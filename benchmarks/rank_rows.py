@@ -190,14 +190,15 @@ def report(results: dict[str, Any]) -> str:
 
 
 NOTES = """Every rank of the simulated run sees 7 NaN, and every rank is scraped. The rows are like those of real
-ranks, in a real TCPStore whose server shared these cores. All series are served at one address, because one
-machine cannot hold so many targets. The machine was shared with other work, so the numbers are upper
-bounds. With more than about 500 ranks, scrape only the leaders. Rank 0 reads in a background thread and
-pauses 20 times as long as it has read; when nothing is bad, it reads every 5 s."""
+ranks, in a real TCPStore whose server shared these cores. All series are served at one address, because one machine
+cannot hold so many targets. With more than about 500 ranks, scrape only the leaders. Rank 0 reads in a background
+thread and pauses 20 times as long as it has read; when nothing is bad, it reads every 5 s."""
 
 
 def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{1000 * value:,.3g} ms"
+    if value is None:
+        return "-"
+    return f"{1000 * value:,.0f} ms" if value >= 0.1 else f"{1000 * value:.3g} ms"
 
 
 def main() -> None:
