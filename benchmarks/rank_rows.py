@@ -135,7 +135,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     sizes = [int(size) for size in results["runs"]]
@@ -146,7 +146,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     first = 1000 * results["runs"][str(sizes[0])]["reading_all_bad"]
     axes.plot(sizes, [first * size / sizes[0] for size in sizes], ls=":", color="#333333", label="as the ranks grow")
     axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="milliseconds", title="What a run of many ranks costs")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
