@@ -44,7 +44,7 @@ def panels() -> list[Placed]:
 def _state() -> Panel:
     return number(
         "State",
-        "The worst state among the chosen runs, and whose it is; every tile beside it shows that run. HEALTHY: "
+        "The worst state among the chosen runs, and which run is in it; the tiles beside it show that run. HEALTHY: "
         "checks were made in the last 5 minutes, none was bad. WARNING: one check found 1 to 5 Inf or NaN. CRITICAL: "
         "more than 5. NOT MEASURING: no check for 5 minutes, or none ever, or layers that could not be measured. GONE: "
         "listed but not answering, and its run was not reported as ended. ENDED: it was. DRILL: only a made-up value "
@@ -75,7 +75,7 @@ def _tier(kind: str) -> Panel:
     return number(
         f"{kind} tier",
         f"The tier of the {kind} count above: calm at 0, WARNING on amber from 1 to 5, CRITICAL on red from 6. Normal "
-        "is calm. A tile of its own, since Grafana colours either the text or the background of a tile.",
+        "is calm. A separate tile, because Grafana colours either the text or the background of a tile.",
         now(q.headline_count(kind.lower())),
         unit="prefix:CRITICAL ",
         words=TIER_WORDS,
@@ -88,8 +88,8 @@ def _tier(kind: str) -> Panel:
 def _first_bad_layer() -> Panel:
     return number(
         "First bad layer, last bad check",
-        "The layer nearest the loss that was bad in the most recent bad check of this run: where it began, and how "
-        "long ago that was. Normal is none.",
+        "The bad layer nearest the loss in the most recent bad check of this run: where it began, and how long ago "
+        "that was. Normal is none.",
         now(q.headline_origin(), "{{layer}} {{kind}}"),
         unit="dateTimeFromNow",
         words={"0": ("so far", CALM)},
@@ -102,7 +102,7 @@ def _first_bad_layer() -> Panel:
 def _since() -> Panel:
     return number(
         "In trouble since",
-        "Start of the oldest alert on this run that still fires: Inf, NaN, gone, or not measuring. Normal is none.",
+        "Start of the oldest alert on this run that is still firing: Inf, NaN, gone, or not measuring. Normal is none.",
         now(q.headline_since()),
         unit="dateTimeFromNow",
         words={"0": ("not now", CALM)},
@@ -115,7 +115,7 @@ def _last_check() -> Panel:
     return number(
         "Since the last check",
         "Time since this run's gradients were last checked, by the trainer's clock. Normal is a few seconds, or one "
-        "training step; a count of 0 means nothing without it. A run that ended has none.",
+        "training step; without recent checks a count of 0 means nothing. A run that ended shows none.",
         now(q.headline_unchecked_seconds()),
         unit="s",
         words={"null+nan": ("never", GREY)},
@@ -138,7 +138,7 @@ def _alerts() -> Panel:
     panel = number(
         "Alerts firing",
         "Alerts on all chosen instances, without the watchdog: critical ones page, warnings go to chat. Normal is 0 "
-        "of both; the row below names them.",
+        "for both; the row below names them.",
         now(q.firing_count("critical"), "critical", "A"),
         now(q.firing_count("warning"), "warning", "B"),
         steps=((None, GREY), (0, CALM), (1, ORANGE)),

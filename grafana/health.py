@@ -49,8 +49,8 @@ def panels() -> list[Placed]:
 def _state_over_time() -> Panel:
     return timeline(
         "State per run",
-        f"The state of each run over time, a line for each of its instances; with more than {q.LINES}, those in the "
-        "worst state. Normal is one even line that says HEALTHY.",
+        f"The state of each run over time, one line per instance; with more than {q.LINES}, only those in the worst "
+        "state. Normal is an unbroken HEALTHY line.",
         query(q.state_history(), RUN),
         words=STATE_WORDS,
     )
@@ -59,8 +59,8 @@ def _state_over_time() -> Panel:
 def _firing() -> Panel:
     panel = listing(
         "Firing alerts",
-        "Every alert that fires on the chosen instances. Its name leads to its runbook, its group and its instance to "
-        "Alertmanager: what has the same group is one page. Normal is none.",
+        "Every firing alert of the chosen instances. The name links to the runbook, the group and the instance to "
+        "Alertmanager; all alerts of a group are one page. Normal is none.",
         cells(q.firing_alerts(), "A"),
         columns={
             "alertname": "Alert",
@@ -72,7 +72,7 @@ def _firing() -> Panel:
         },
         first="Severity",
         descending=False,
-        no_value="No alert fires",
+        no_value="No alert is firing",
     )
     runbook = link("What to do", f"{RUNBOOKS}/${{__value.text}}.md")
     panel = column(panel, "Alert", links=runbook, width=190)
@@ -87,8 +87,8 @@ def _firing() -> Panel:
 def _runs() -> Panel:
     panel = listing(
         "Runs",
-        "Every chosen run, a line for each of its instances, the worst first; the address leads to the exporter's own "
-        "page. Normal is HEALTHY in every line, a last check of some seconds ago, and no layer that was not measured.",
+        "Every chosen run, one line per instance, worst first; the address links to the exporter's own page. Normal is "
+        "HEALTHY in every line, a last check a few seconds ago, and no layer that was not measured.",
         cells(q.states(), "A"),
         cells(q.count_per_instance("nan"), "B"),
         cells(q.count_per_instance("inf"), "C"),
@@ -130,9 +130,9 @@ def _runs() -> Panel:
 def _counts_over_time() -> Panel:
     panel = graph(
         "Inf and NaN in one check",
-        "The worst single check of each point's time, and of the recent window (2 minutes) before it: a bad check "
-        "draws a plateau, and none falls between two points. Normal is 0; from the amber line on it is a warning, and "
-        "above the red one, 5, critical.",
+        "The worst single check since the previous point, and in the recent window (2 minutes) before it: a bad check "
+        "draws a plateau, and none is lost between two points. Normal is 0; from the amber line up it is a warning, "
+        "above the red line (5) critical.",
         query(peak("esper_inf_grad_recent_max"), "Inf", "A"),
         query(peak("esper_nan_grad_recent_max"), "NaN", "B"),
         marks=((WARNING - 0.5, ORANGE), (CRITICAL - 0.5, RED)),
@@ -145,7 +145,8 @@ def _bad_checks() -> Panel:
     panel = graph(
         "Bad checks",
         "Checks that found Inf or NaN, by tier, in the window that leads to each point (extrapolated by "
-        "Prometheus, so not always whole). Normal is none; one every few hours is noise, a rising number is not.",
+        "Prometheus, so not always whole numbers). Normal is none; one every few hours is noise, a rising number "
+        "is not.",
         query(happened("esper_nonfinite_checks_total", "kind", "tier"), "{{kind}} {{tier}}"),
         stacked=True,
     )
@@ -156,7 +157,7 @@ def _bad_checks() -> Panel:
 def _norm() -> Panel:
     panel = graph(
         "Gradient norm, before clipping",
-        "L2 norm over everything watched: the largest of each point's time, and its median over 10 minutes as the "
+        "L2 norm over everything watched: the largest since the previous point, and its median over 10 minutes as the "
         "trend. Normal depends on the model; what counts is a trend that rises. The dashed lines are the optional "
         "alerts of alerts/norm.yml, 5 (high) and 10 (exploding). Gaps are norms that overflowed.",
         query(f"topk({q.LINES}, {largest('esper_grad_norm')})", RUN, "A"),
@@ -174,8 +175,8 @@ def _median_norm() -> str:
 def _dead_and_exploding() -> Panel:
     panel = graph(
         "Dead and exploding layers",
-        "Dead: over 90 % exact zeros in the gradient. Exploding: over 10 % of the elements beyond 10. Of the worst "
-        "instance. Normal is 0 of both, but for the first steps; 1 that stays for 10 to 15 minutes warns, 3 page.",
+        "Dead: over 90 % exact zeros in the gradient. Exploding: over 10 % of the elements above 10. Of the worst "
+        "instance. Normal is 0 for both, except in the first steps; 1 for 10 to 15 minutes is a warning, 3 a page.",
         query(peak("esper_dead_layers"), "dead", "A"),
         query(peak("esper_exploding_layers"), "exploding", "B"),
         marks=((1, ORANGE), (3, RED)),

@@ -60,8 +60,8 @@ def _worst_layers() -> Panel:
 def _origin_history() -> Panel:
     return timeline(
         "Where it began",
-        "The layer nearest the loss that was bad, for as long as its count is shown. Normal is an empty panel; the "
-        "first line to begin is the one to look at.",
+        "The bad layer nearest the loss, for as long as its count is shown. Normal is an empty panel; the first line "
+        "to begin is the one to look at.",
         query(q.origin_history(), "{{layer}} {{kind}} · {{run_id}}"),
         words={"1": ("bad", ALARM)},
         no_value="No bad layer in this time",
@@ -71,7 +71,7 @@ def _origin_history() -> Panel:
 def _layer_norms() -> Panel:
     norms = peak("esper_layer_grad_norm", "layer")
     return graph(
-        "Layer norms, the largest",
+        "Largest layer norms",
         "L2 norm of each layer's gradient before clipping, the largest of any instance. Normal is a steady order; one "
         "layer that leaves the others behind is where Inf comes next.",
         query(f"topk({q.LINES}, {norms})", "{{layer}}"),
@@ -82,7 +82,7 @@ def _layer_norms() -> Panel:
 
 def _layer_counts() -> Panel:
     return graph(
-        "Bad elements per layer, the worst",
+        "Bad elements, worst layers",
         "The most Inf and NaN elements in one check of the recent window, per layer, of any instance. Normal is an "
         "empty panel.",
         query(f"topk({q.LINES}, {peak('esper_layer_inf_grad_count', 'layer')} > 0)", "{{layer}} Inf", "A"),

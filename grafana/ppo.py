@@ -52,7 +52,7 @@ def _losses() -> Panel:
 def _pace() -> Panel:
     return graph(
         "Updates and episodes per second",
-        "How fast the run goes on. Normal is steady; a line that falls to 0 is a run that hangs.",
+        "How fast the run progresses. Normal is steady; a line that falls to 0 is a run that hangs.",
         query(rate("esper_ppo_updates_total"), f"updates {RUN}", "A"),
         query(rate("esper_ppo_episodes_total"), f"episodes {RUN}", "B"),
         unit="cps",

@@ -37,8 +37,8 @@ def _runs() -> Panel:
     panel = listing(
         "Runs of several ranks",
         "Each run as its rank 0 counts it: how many of its ranks report, are gone, and were bad before any reduction, "
-        "and the worst single check of the whole run in the last 5 minutes, each element once. Normal is as many that "
-        "report as there are, and 0 of all else; a dash is not known.",
+        "and the worst single check of the whole run in the last 5 minutes, each element counted once. Normal is that "
+        "all ranks report and the rest is 0; a dash means not known.",
         cells(latest("esper_ranks_reporting"), "A"),
         cells(latest("esper_ranks_expected"), "B"),
         cells(latest("esper_ranks_gone"), "C"),
@@ -69,7 +69,7 @@ def _at_fault() -> Panel:
         "Ranks at fault",
         "The worst five ranks of each run whose own backward pass was bad in the last minutes, before any reduction, "
         "in the order in which they went bad: the first is the suspect, the others may only have followed. Normal is "
-        "none; a run that is bad without one has overflowed in its reduction.",
+        "none; a bad run without one overflowed in its reduction.",
         cells(largest("esper_rank_origin_layer", "rank", "host", "layer", window=q.WINDOW), "A"),
         cells(q.bad_ranks("nan"), "B"),
         cells(q.bad_ranks("inf"), "C"),
@@ -93,7 +93,7 @@ def _over_time() -> Panel:
     return timeline(
         "Ranks over time",
         f"The state of each rank of the chosen runs over time; with more than {q.MOST_RANKS}, the {q.WORST_RANKS} in "
-        "the worst state. Normal is HEALTHY in every line. Ranks that nobody scrapes have none.",
+        "the worst state. Normal is HEALTHY in every line. Ranks that are not scraped have none.",
         query(q.rank_history(), "{{rank}} · {{host}}"),
         words=STATE_WORDS,
         no_value="No rank is scraped",
@@ -103,7 +103,7 @@ def _over_time() -> Panel:
 def _shown() -> Panel:
     panel = number(
         "Ranks shown",
-        "How many ranks the timeline beside it draws, and of how many. Normal is all.",
+        "How many ranks the timeline beside it shows, and out of how many. Normal is all.",
         now(q.rank_count("<="), "all", "A"),
         now(q.rank_count(">"), "some", "B"),
         steps=((None, GREY), (1, CALM)),

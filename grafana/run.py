@@ -23,8 +23,8 @@ def panels() -> list[Placed]:
 def _skipped() -> Panel:
     return graph(
         "Skipped updates",
-        "Optimizer steps that were skipped: amp by the GradScaler itself, intervention by on_critical. Normal "
-        "is none, or now and then one by amp when it tries a larger scale.",
+        "Optimizer steps that were skipped: amp by the GradScaler itself, engine by DeepSpeed, intervention and rewind "
+        "by on_critical. Normal is none, or now and then one by amp when it tries a larger scale.",
         query(happened("esper_skipped_updates_total", "reason"), "{{reason}}"),
         stacked=True,
     ).decimals(0)
@@ -57,7 +57,7 @@ def _cost() -> Panel:
 def _pace() -> Panel:
     return graph(
         "Checks per second",
-        "How often gradients are checked. Normal is one check per backward pass, steadily; 0 is not measuring.",
+        "How often gradients are checked. Normal is one check per backward pass, steadily; 0 means not measuring.",
         query(f"bottomk({q.LINES}, {rate('esper_checks_total')})", RUN),
         unit="cps",
     )
@@ -67,7 +67,7 @@ def _errors() -> Panel:
     return graph(
         "Exporter errors",
         "Failed scrapes, checks, OTLP pushes and web config reloads, and layers without a series because 50 others "
-        "were worse. Normal is 0 of all.",
+        "were worse. Normal is 0 for all.",
         query(happened("esper_exporter_collect_errors_total"), "pages not built", "A"),
         query(happened("esper_monitor_errors_total"), "checks failed", "B"),
         query(happened("esper_otlp_export_failures_total"), "pushes failed", "C"),

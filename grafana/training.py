@@ -1,4 +1,4 @@
-"""The row of training: what the loop tells of itself, so that a bad gradient stands beside the loss that led to it."""
+"""The row of training: what the loop reports, so that a bad gradient is shown beside the loss that led to it."""
 
 from __future__ import annotations
 

@@ -25,9 +25,10 @@ def panels() -> list[Placed]:
 def _verdicts() -> Panel:
     panel = listing(
         "Is the model alive?",
-        "Inf and NaN elements in what each run consists of, at the last look: after a bad check, and now and then. "
-        "Optimizer state alone: parameters are finite now, and will not be for long. Parameters: go back to the last "
-        "good checkpoint. Normal is 0 everywhere, and a last good check of some seconds ago.",
+        "Inf and NaN elements in the parameters, buffers and optimizer state of each run, at the last look: after a "
+        "bad check, and now and then. Optimizer state alone: parameters are still finite, but not for long. "
+        "Parameters: go back to the last good checkpoint. Normal is 0 everywhere, and a last good check a few seconds "
+        "ago.",
         *(cells(q.last_seen(metric), ref) for ref, metric in zip("ABC", PARTS.values(), strict=True)),
         cells(q.last_seen("esper_cause_info", "cause"), "D"),
         cells(q.seconds_since("esper_last_good_check_timestamp_seconds"), "E"),
@@ -68,8 +69,8 @@ def _damage() -> Panel:
 def _tensors() -> Panel:
     panel = listing(
         "Damaged tensors",
-        "What holds Inf or NaN at the last look, the worst first: parameters, buffers, and what the optimizer keeps of "
-        "each. Normal is an empty list.",
+        "Tensors that held Inf or NaN at the last look, worst first: parameters, buffers and optimizer state. Normal "
+        "is an empty list.",
         cells(q.damaged_tensors(), "A"),
         columns={
             "tensor": "Tensor",

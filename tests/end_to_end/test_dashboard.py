@@ -31,8 +31,8 @@ NOTHING_BAD = {
     ("Worst layers", "C"),
     ("Worst layers", "D"),
     ("Where it began", "A"),
-    ("Bad elements per layer, the worst", "A"),
-    ("Bad elements per layer, the worst", "B"),
+    ("Bad elements, worst layers", "A"),
+    ("Bad elements, worst layers", "B"),
     ("Firing alerts", "A"),
     ("Runs", "D"),  # the first bad layer
 }
