@@ -113,7 +113,7 @@ def shows(page, state, *texts):
         ("healthy", "0", "0", "No bad check in this run."),
         ("warning", "2", "0", "2 Inf in one check, first in head.weight, since "),
         ("critical", "0", "7", "7 NaN in one check, first in head.weight, since "),
-        ("not_measuring", NOT_MEASURED, NOT_MEASURED, "no gradient was measured yet"),
+        ("not_measuring", NOT_MEASURED, NOT_MEASURED, "no gradient has been measured yet"),
         ("stalled", "0", "0", re.compile(r"No check for 1\d\d s, since ")),
         ("ended", "0", "0", "The run has ended"),
     ],
@@ -128,21 +128,21 @@ def test_each_state_says_what_it_is(page, source, state, inf, nan, text):
 
 def test_the_verdict_stands_beside_the_count(page, source):
     source.snapshot = after_check(nan=7)
-    shows(page, "critical", "7 NaN in one check", "The model is intact: go on.")
+    shows(page, "critical", "7 NaN in one check", "The model is intact: training can continue.")
     good = GoodCheck(check=9, timestamp=time.time() - 41, step=9)
     source.snapshot = after_check(nan=7, found_damage=damaged().found_damage, cause="input", last_good_check=good)
-    shows(page, "critical", "Parameters damaged: stop, and go back to the last good checkpoint. It began in: input.")
-    shows(page, "critical", re.compile(r"Last good check 4\d s ago, 31 checks\."))
+    shows(page, "critical", "Parameters damaged: stop and go back to the last good checkpoint. It began in: input.")
+    shows(page, "critical", re.compile(r"Last good check 4\d s \(31 checks\) ago\."))
     expect(page.locator("#model")).to_contain_text("Verdictparameters damagedBad in parameters3Bad in buffers0")
     expect(page.locator("#model")).to_contain_text("exp_avg of policy.weight1 Inf and 3 NaN")
     source.snapshot = after_check(found_damage=Damage(optimizer=damaged().found_damage.optimizer))
-    shows(page, "critical", "Optimizer state damaged: parameters are finite now, and will not be for long.")
+    shows(page, "critical", "Optimizer state damaged: parameters are still finite, but not for long.")
 
 
 def test_a_model_that_nobody_has_looked_at_is_not_said_to_be_intact(page, source):
     source.snapshot = after_check(found_damage=None)
     shows(page, "healthy")
-    expect(page.locator("#model")).to_contain_text("Verdictnot looked at")
+    expect(page.locator("#model")).to_contain_text("Verdictnot looked at yet")
 
 
 def test_layers_that_could_not_be_measured_are_no_calm_zero(page, source):
@@ -150,7 +150,7 @@ def test_layers_that_could_not_be_measured_are_no_calm_zero(page, source):
     healthy = after_check()
     recent = healthy.recent.after(time.monotonic(), (), 0, len(names))
     source.snapshot = replace(healthy, unmeasured_layers=names, recent=recent)
-    said = "4 layers were not measured in one check, because other code took the gradient away: body.weight, "
+    said = "4 layers were not measured in one check, because other code removed the gradient: body.weight, "
     shows(page, "not_measuring", said, "and others")
     source.snapshot = replace(in_state("critical"), unmeasured_layers=names[:1])
     shows(page, "critical", "7 NaN in one check", "1 layer was not measured in one check")

@@ -51,7 +51,7 @@ UNMEASURED_LAYERS = _gauge(
     "{layer}",
 )
 RECENT_WINDOW = _gauge("esper_recent_window_seconds", "Length of the recent window.", "s")
-CHECKS = _counter("esper_checks_total", "Checks made; 0 means that nothing was measured yet.", "{check}")
+CHECKS = _counter("esper_checks_total", "Checks made; 0 means that nothing has been measured yet.", "{check}")
 NONFINITE_CHECKS = _counter(
     "esper_nonfinite_checks_total",
     "Checks that found this kind, by tier: 1 to 5 elements is warning, more is critical.",
@@ -62,7 +62,7 @@ NONFINITE_GRADS = _counter(
     "esper_nonfinite_grads_total", "Elements of this kind, summed over all checks.", "{element}", ("kind",)
 )
 UNMONITORED_STEPS = _counter(
-    "esper_unmonitored_steps_total", "Optimizer steps with gradients of the model that no check preceded.", "{step}"
+    "esper_unmonitored_steps_total", "Optimizer steps taken with gradients that no check had seen.", "{step}"
 )
 GRAD_SCOPE = _gauge(
     "esper_grad_scope_info",
@@ -82,7 +82,9 @@ DEAD_LAYERS = _gauge(
     "esper_dead_layers", "Layers with over 90 % exact zeros in their gradient; NaN until measured.", "{layer}"
 )
 EXPLODING_LAYERS = _gauge(
-    "esper_exploding_layers", "Layers with over 10 % elements beyond 10; NaN until measured.", "{layer}"
+    "esper_exploding_layers",
+    "Layers with over 10 % of the gradient above 10 in magnitude; NaN until measured.",
+    "{layer}",
 )
 LAYER_INF_GRAD_COUNT = _gauge(
     "esper_layer_inf_grad_count",
@@ -97,7 +99,7 @@ LAYER_NAN_GRAD_COUNT = _gauge(
     ("layer",),
 )
 LAYERS_DROPPED = _gauge(
-    "esper_layers_dropped", "Bad layers of the recent window that have no series of their own.", "{layer}"
+    "esper_layers_dropped", "Bad layers of the recent window without a series of their own.", "{layer}"
 )
 LAYER_GRAD_NORM = _gauge(
     "esper_layer_grad_norm", "L2 norm of the layer's gradient before clipping; largest only.", labels=("layer",)
@@ -134,21 +136,19 @@ NONFINITE_BUFFERS = _gauge(
 )
 NONFINITE_OPTIMIZER_STATE = _gauge(
     "esper_nonfinite_optimizer_state",
-    "Inf and NaN elements in what the optimizers keep at the last look; NaN before the first.",
+    "Inf and NaN elements in the optimizer state at the last look; NaN before the first.",
     "{element}",
 )
 DAMAGED_TENSOR = _gauge(
     "esper_damaged_tensor_elements",
-    "Inf and NaN elements of a damaged tensor at the last look, the worst of each part only.",
+    "Inf and NaN elements of a damaged tensor at the last look; the worst of each part only.",
     "{element}",
     ("part", "tensor"),
 )
-CAUSE = _gauge(
-    "esper_cause_info", "Where the last trouble began, as far as that was seen in the forward.", labels=("cause",)
-)
+CAUSE = _gauge("esper_cause_info", "Where the last trouble began, as far as could be seen.", labels=("cause",))
 LAST_GOOD_CHECK = _gauge(
     "esper_last_good_check_timestamp_seconds",
-    "Unix time of the last check that found nothing, of a model not known to be damaged; NaN before the first.",
+    "Unix time of the last check that found nothing in a model not known to be damaged; NaN before the first.",
     "s",
 )
 CHECKS_SINCE_GOOD = _gauge(
@@ -192,12 +192,12 @@ MONITOR_ERRORS = _counter(
 MONITOR_SECONDS = _counter("esper_monitor_seconds_total", "Time spent measuring in the training thread.", "s")
 GLOBAL_INF_GRAD_RECENT_MAX = _gauge(
     "esper_global_inf_grad_recent_max",
-    "Largest number of Inf elements in one check of the whole run within the recent window, each once; of rank 0.",
+    "Largest number of Inf elements in one check of the whole run within the recent window, each once; from rank 0.",
     "{element}",
 )
 GLOBAL_NAN_GRAD_RECENT_MAX = _gauge(
     "esper_global_nan_grad_recent_max",
-    "Largest number of NaN elements in one check of the whole run within the recent window, each once; of rank 0.",
+    "Largest number of NaN elements in one check of the whole run within the recent window, each once; from rank 0.",
     "{element}",
 )
 BAD_RANKS = _gauge(
@@ -207,22 +207,24 @@ BAD_RANKS = _gauge(
 )
 RANKS_EXPECTED = _gauge("esper_ranks_expected", "Ranks of the run.", "{rank}")
 RANKS_REPORTING = _gauge(
-    "esper_ranks_reporting", "Ranks that rank 0 hears of, or that have ended; NaN where the job has no store.", "{rank}"
+    "esper_ranks_reporting",
+    "Ranks that rank 0 hears from, or that have ended; NaN where the job has no store.",
+    "{rank}",
 )
 RANKS_GONE = _gauge(
     "esper_ranks_gone",
-    "Ranks that rank 0 has heard of and hears no more, and that never said that they ended.",
+    "Ranks that rank 0 no longer hears from and that never reported their end.",
     "{rank}",
 )
 RANK_NONFINITE_GRADS = _gauge(
     "esper_rank_nonfinite_grads",
-    "Most bad elements in one check of the rank's own backward pass within the recent window, of the worst 5 ranks.",
+    "Most bad elements in one check of the rank's own backward pass within the recent window; the worst 5 ranks only.",
     "{element}",
     ("rank", "host", "kind"),
 )
 RANK_ORIGIN_LAYER = _gauge(
     "esper_rank_origin_layer",
-    "Place of the rank among those that went bad, 1 for the first, with the layer where it began; the worst 5 ranks.",
+    "Order in which the rank went bad, 1 for the first, with the layer where it began; the worst 5 ranks only.",
     labels=("rank", "host", "layer"),
 )
 RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed; no more checks will follow.")

@@ -26,7 +26,7 @@ def test_a_model_that_took_the_gradient_in_is_told_to_go_back(stack):
         damaged = alerts(stack)["EsperModelDamaged"]
     assert damaged["summary"].startswith("Parameters damaged in 127.0.0.1:")
     text = " ".join(damaged["description"].split())
-    assert "Parameters damaged: stop, and go back to the last good checkpoint." in text
+    assert "Parameters damaged: stop and go back to the last good checkpoint." in text
     assert "of its optimizer state" in text
     assert "The last good check was " in text
     assert damaged["runbook_url"].endswith("/EsperModelDamaged.md")
@@ -40,7 +40,7 @@ def test_a_model_that_dropped_the_step_is_told_to_go_on(stack):
         read_until(run, 40)
         until("the page arrives", lambda: "EsperNaNGradients" in alerts(stack), 60)
         text = " ".join(alerts(stack)["EsperNaNGradients"]["description"].split())
-        assert "The model is intact: the step was skipped, clipped away or absorbed; go on." in text
+        assert "The model is intact: the step was skipped, clipped away or absorbed. Training can continue." in text
         assert "EsperModelDamaged" not in alerts(stack)
 
 

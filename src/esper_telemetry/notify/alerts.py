@@ -1,4 +1,4 @@
-"""Which alerts a run has, what became of them, and what the receiver knows: no threads, no HTTP, no clock."""
+"""Which alerts a run has, their state, and what the receiver knows of them: no threads, no HTTP, no clock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from esper_telemetry.snapshot.snapshot import KindHistory, RunInfo
 
 _NAMES = {"inf": ("Inf", "EsperInfGradients"), "nan": ("NaN", "EsperNaNGradients")}
 _ADVICE = {
-    "inf": "Inf can recover: see whether the next checks are clean. If not, stop at the last good checkpoint and lower "
-    "the learning rate or the loss scale.",
+    "inf": "Inf can recover: see whether the next checks are clean. If not, go back to the last good checkpoint and "
+    "lower the learning rate or the loss scale.",
     "nan": "NaN does not recover once a step has been taken with it: stop the run and go back to the last good "
     "checkpoint.",
 }
-_NO_TIME = "0001-01-01T00:00:00Z"  # how Go writes that there is none
+_NO_TIME = "0001-01-01T00:00:00Z"  # how Go writes "no time"
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
