@@ -1,6 +1,6 @@
 """Numerical health of gradients, from `param.grad` to the on-call phone.
 
-Names are imported when they are used: whoever only counts needs no exporter, and `esper --version` needs no torch.
+Names are imported when they are first used: counting needs no exporter, and `esper --version` needs no torch.
 """
 
 from importlib import import_module

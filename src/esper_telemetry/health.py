@@ -19,7 +19,7 @@ EXPLODING_LARGE_FRACTION = 0.1
 
 
 class HealthTier(Enum):
-    """Name how bad a count of Inf or NaN elements in one check is."""
+    """Rate a count of Inf or NaN elements in one check."""
 
     HEALTHY = "healthy"
     WARNING = "warning"
@@ -37,9 +37,9 @@ class HealthTier(Enum):
 class LayerGradientStats:
     """Describe one layer's gradient.
 
-    norm, mean, std, min and max are over the finite elements, so that one Inf does not erase the rest; they are 0.0
-    where there is no finite element. The fractions are shares of all `param_count` elements: exactly zero,
-    |g| < 1e-6 (zeros among them), and |g| > 10 (finite ones).
+    norm, mean, std, min and max are over the finite elements, so that one Inf does not erase the rest; they are 0.0 if
+    no element is finite. The fractions are shares of all `param_count` elements: exactly zero, |g| < 1e-6 (including
+    zeros), and |g| > 10 (finite ones only).
     """
 
     layer_name: str
@@ -62,7 +62,7 @@ class LayerGradientStats:
 
     @property
     def exploding(self) -> bool:
-        """Tell whether a good part of the gradient is far too large."""
+        """Tell whether much of the gradient is far too large."""
         return self.large_fraction > EXPLODING_LARGE_FRACTION
 
     @property
@@ -73,7 +73,7 @@ class LayerGradientStats:
 
 @dataclass(frozen=True, slots=True)
 class GradientHealth:
-    """Sum the layers' statistics over a model. No field has a default: a sum that is not taken cannot be built."""
+    """Sum the layers' statistics over a model. No field has a default, so that none can be left out."""
 
     inf_grad_count: int
     nan_grad_count: int
@@ -86,7 +86,7 @@ def aggregate_layer_gradient_health(stats: Iterable[LayerGradientStats]) -> Grad
     """Sum per-layer statistics; no layers give zeros and an empty mapping."""
     try:
         layers = list(stats)
-    except TypeError:  # not all that has an __iter__ can be iterated: a tensor without dimensions cannot
+    except TypeError:  # not everything with an __iter__ can be iterated: a 0-d tensor cannot
         layers = [stats]  # type: ignore[list-item]
     for layer in layers:
         if not isinstance(layer, LayerGradientStats):

@@ -1,1 +1,1 @@
-"""Rules, runbooks, dashboard and manifests, which come with the package and are written with one's own addresses in."""
+"""Rules, runbooks, dashboard and manifests: shipped with the package, written with your own addresses filled in."""

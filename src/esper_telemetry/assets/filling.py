@@ -1,4 +1,4 @@
-"""Fill a site's own values in: every address that is nobody's, every path, and the metadata of manifests."""
+"""Fill in a site's own values: every placeholder address, every path, and the metadata of manifests."""
 
 from __future__ import annotations
 

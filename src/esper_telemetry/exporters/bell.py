@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 class Bell:
-    """Let one thread wait until another rings; rings that nobody heard are one.
+    """Let one thread wait until another rings; rings before anybody waits count as one.
 
     Unlike `threading.Event` it takes no lock to ring, so that a signal handler may ring in the middle of a ring.
     """

@@ -26,13 +26,13 @@ except ImportError as error:
 class EsperWatch:
     """Check the gradients of a prepared model at the end of each `accelerator.backward()`, until `close()`.
 
-    One that follows at the same address goes on counting there. Step and learning rate are reported as the first of
-    the optimizers has them; the loss and the samples are for the loop to tell: `watch.monitor.record(loss=loss)`.
+    A later EsperWatch at the same address continues the counters. Step and learning rate are read from the first
+    optimizer; the loop reports loss and samples: `watch.monitor.record(loss=loss)`.
 
-    accelerator: it says which GradScaler is in use.
+    accelerator: tells which GradScaler is in use.
     model, optimizer: what `accelerator.prepare()` returned, or what it was given.
-    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
-        one, which is logged.
+    address: where to serve the metrics until the process ends. If another process has the port, the next free one is
+        used, and an error is logged.
     strict: raise OSError instead.
     keep_last_good: let `accelerator.save_state()` save nothing, and return None, from a bad check until the model was
         seen intact, so that `total_limit` does not rotate the last good checkpoint away.
@@ -97,7 +97,7 @@ class EsperWatch:
 
 
 def _hold_back(accelerator: Accelerator, monitor: GradientMonitor) -> Callable[[], None]:
-    """Let an accelerator save only what is worth keeping; return a function that ends that."""
+    """Let an accelerator save only what is worth keeping; return a function that stops this."""
     save = accelerator.save_state
 
     def save_state(*args: Any, **options: Any) -> Any:

@@ -21,20 +21,19 @@ except ImportError as error:
 _PPO = frozenset({"PPO", "RecurrentPPO", "MaskablePPO"})
 
 _LOSSES = ("train/loss", "train/critic_loss", "train/value_loss")
-"""What is reported as the loss, the first that is logged: not every algorithm has one that is the sum of all."""
+"""Names under which the loss is looked up, the first that is logged: not every algorithm logs a total loss."""
 
 
 class EsperCallback(BaseCallback):
-    """Watch the gradients of all that an algorithm trains while `learn()` runs, and report how training goes.
+    """Watch the gradients of everything that an algorithm trains while `learn()` runs, and report training progress.
 
-    A `learn()` that follows goes on counting, at the same address.
+    A later `learn()` continues the counters, at the same address.
 
-    monitor: one that watches already; without it all that the algorithm's optimizers have is watched until `learn()`
-        ends.
-    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
-        one, which is logged.
+    monitor: one that is already watching. Default: watch everything in the algorithm's optimizers until `learn()` ends.
+    address: where to serve the metrics until the process ends. If another process has the port, the next free one is
+        used, and an error is logged.
     strict: raise OSError instead.
-    options: of `watch()`, for an algorithm that this callback watches.
+    options: of `watch()`, if no monitor is given.
     """
 
     def __init__(

@@ -23,15 +23,15 @@ except ImportError as error:
 class EsperCallback(TrainerCallback):
     """Check the gradients at the end of each backward pass, while `train()` runs.
 
-    The Trainer's own hooks come after its clip. Norms are unscaled all the same. A `train()` that follows goes on
-    counting, at the same address.
+    The Trainer's callbacks run after its clip, so checks do not wait for them. Norms are unscaled all the same. A later
+    `train()` continues the counters, at the same address.
 
-    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
-        one, which is logged.
+    address: where to serve the metrics until the process ends. If another process has the port, the next free one is
+        used, and an error is logged.
     strict: raise OSError instead.
-    log: add to what the Trainer logs the worst counts since it logged last, and the norm: esper/inf_grad_count,
-        esper/nan_grad_count, esper/grad_norm. They are in `state.log_history`, and in what callbacks after this one
-        are given; those of `report_to` come before it.
+    log: add the worst counts since the last log, and the norm, to what the Trainer logs: esper/inf_grad_count,
+        esper/nan_grad_count, esper/grad_norm. They reach `state.log_history` and the callbacks after this one; the
+        callbacks of `report_to` run before it.
     keep_last_good: save no checkpoint from a bad check until the model was seen intact, so that `save_total_limit` does
         not rotate the last good one away. `save_strategy="best"` decides later, and is not held back.
     on_critical: as in `watch()`; "halt" drops the step and sets `control.should_training_stop`.
@@ -63,7 +63,7 @@ class EsperCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trained: Any
     ) -> None:
-        """Begin to watch."""
+        """Start watching."""
         wrapper = trained["optimizer"]  # Accelerate's, which knows the scaler
         optimizer = getattr(wrapper, "optimizer", wrapper)
         self._halted = False
@@ -84,14 +84,14 @@ class EsperCallback(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
-        """Pass on that training is to stop."""
+        """Pass on a request to stop."""
         control.should_training_stop |= self._halted
         return control
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
-        """Report how far training is, in full batches, and pass on that it is to stop."""
+        """Report the progress in full batches, and pass on a request to stop."""
         if self.monitor is not None:
             batch_size = state.train_batch_size or args.train_batch_size
             samples = (state.global_step - self._steps) * args.gradient_accumulation_steps * batch_size
@@ -103,7 +103,7 @@ class EsperCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> TrainerControl:
-        """Hold a checkpoint back that is not worth keeping."""
+        """Hold back a checkpoint that is not worth keeping."""
         if self._keep_last_good and control.should_save:
             control.should_save = may_save(self.monitor)
         return control
@@ -116,7 +116,7 @@ class EsperCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: object,
     ) -> None:
-        """Report the loss and the learning rate, for which the Trainer has waited by now."""
+        """Report the loss and the learning rate, which the Trainer has just fetched from the device."""
         if self.monitor is None or logs is None:
             return
         self.monitor.record(loss=logs.get("loss"), lr=logs.get("learning_rate"))

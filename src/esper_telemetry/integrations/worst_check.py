@@ -18,7 +18,7 @@ class WorstCheck:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self.checks = self.inf_grad_count = self.nan_grad_count = 0
         self.grad_norm: float | None = None
 
@@ -29,7 +29,7 @@ class WorstCheck:
         self.grad_norm = snapshot.grad_norm
 
     def take_values(self) -> dict[str, float]:
-        """Return what a framework's logger is given, nothing where there was no check, and begin anew."""
+        """Return what a framework's logger is given, nothing if there was no check, and start over."""
         values: dict[str, float] = {}
         if self.checks:
             values = {"esper/inf_grad_count": self.inf_grad_count, "esper/nan_grad_count": self.nan_grad_count}

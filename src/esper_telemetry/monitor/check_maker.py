@@ -29,7 +29,7 @@ from esper_telemetry.verdict.verdict import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Aids:
-    """Hold what takes part in a check beside the scan.
+    """Hold what takes part in a check besides the scan.
 
     before_check: called with the number of the check to come; it may write to the gradients.
     wait: whether the result is needed before the optimizer steps.

@@ -26,7 +26,7 @@ class DeadLayers:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, as with layers that are numbered in another way."""
+        """Start over, as when the layers are numbered anew."""
         self._checks = 0
         self._trouble: set[int] = set()
         self._since = 0

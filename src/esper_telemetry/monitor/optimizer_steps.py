@@ -47,7 +47,8 @@ class UncheckedSteps:
     def is_so(self, optimizer: Optimizer, checks: int, watched: Watched, by_itself: bool = True) -> bool:
         """Tell whether this optimizer is, when so many checks were made; one that is new is if nothing ever arrived.
 
-        by_itself: whether checks are made by the monitor itself; else a new optimizer is if there was none at all.
+        by_itself: whether the monitor makes checks automatically; if not, a new optimizer is unchecked only if there
+            was no check at all.
         """
         before = self._checks_at.get(optimizer)
         self._checks_at[optimizer] = checks

@@ -78,7 +78,7 @@ class SinceUpdate:
         self._latest.before |= dict.fromkeys(ended.arrived)
 
     def take(self) -> Pass:
-        """Return it, and begin anew."""
+        """Return it, and start over."""
         taken, self._latest = self._latest, Pass("update")
         return taken
 
@@ -89,8 +89,8 @@ class Passes:
     A pass within a pass, as reentrant checkpointing makes them, ends with the outermost.
 
     on_begin: called before the first arrival of a pass is noted.
-    hops: says how often the end is put off. What is queued as a pass ends runs after all that was queued before: DDP
-        and FSDP finish their gradients there.
+    hops: returns how many times the end is put off. What is queued as a pass ends runs after all that was queued
+        before: DDP and FSDP finish their gradients there.
     on_end: called once per pass, in the thread that called `backward()`, when every gradient of that pass is there and
         nothing has clipped it; what it raises reaches the caller of `backward()`.
     """

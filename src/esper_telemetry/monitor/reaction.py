@@ -1,4 +1,4 @@
-"""What is done about a critical check: nothing, drop the optimizer's step, or stop."""
+"""What to do about a critical check: nothing, drop the optimizer's step, or stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Policy = str | Callable[[Snapshot], str | None]
 
 
 class GradientsCritical(RuntimeError):
-    """Stop training: a check found more than 5 Inf or more than 5 NaN elements, and `on_critical` is "halt"."""
+    """Training was stopped: more than 5 Inf or 5 NaN elements in a check, and `on_critical` halts."""
 
     def __init__(self, snapshot: Snapshot, run: Found | None = None) -> None:
         over_ranks = "" if run is None else f"; over all ranks Inf {run.inf}, NaN {run.nan}"
@@ -36,7 +36,7 @@ class GradientsCritical(RuntimeError):
 
 
 def check_policy(on_critical: object) -> None:
-    """Raise ValueError when it says nothing that can be done."""
+    """Raise ValueError when it is not a policy."""
     if not callable(on_critical) and not (isinstance(on_critical, str) and on_critical in POLICIES):
         raise ValueError(
             f"on_critical: expected one of {', '.join(POLICIES)} or a callable, got {arguments.shown(on_critical)}"
@@ -46,13 +46,13 @@ def check_policy(on_critical: object) -> None:
 class Reaction:
     """Act on critical checks as `on_critical` and `patience` of the monitor say.
 
-    Of several ranks all act or none does: they vote once for each check, before the step that follows it, or at once
-    where the step is under way already, as with a closure.
+    With several ranks, all act or none does: they vote once per check, before the step that follows it, or at once if
+    that step is already under way, as with a closure.
 
     on_drop: called once per optimizer step that was dropped.
     roots: the models that are watched.
 
-    Raise ValueError when they say nothing that can be done.
+    Raise ValueError when a policy or patience is invalid, or cannot work with these optimizers.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class Reaction:
 
     @property
     def needs_the_answer(self) -> bool:
-        """Tell whether a check has to be judged before the optimizer steps."""
+        """Tell whether a check must be judged before the optimizer steps."""
         return self._on_critical != "continue"
 
     def to(self, news: Sequence[Snapshot], latest: Snapshot, steps_early: bool) -> None:
         """React to a check.
 
-        news: the snapshots that have come of it; none where it failed.
-        steps_early: whether the optimizer has stepped during the backward pass already.
+        news: the snapshots that came of it; none if it failed.
+        steps_early: whether the optimizer already stepped during the backward pass.
 
-        Raise GradientsCritical, when that is the policy, and what a callable policy raises; VoteFailed where ranks do
-        not agree.
+        Raise GradientsCritical if that is the policy, what a callable policy raises, and VoteFailed if ranks do not
+        agree.
         """
         if not self.needs_the_answer:
             return
@@ -153,7 +153,7 @@ class Reaction:
             self._act(self._agree(vote, snapshot), snapshot, run=run)
 
     def _agree(self, vote: Vote, snapshot: Snapshot) -> str | None:
-        """Return what all ranks do: of what their callables say the strongest."""
+        """Return what all ranks do: the strongest of their answers."""
         if not callable(self._on_critical):
             return self._on_critical
         error: BaseException | None = None
@@ -189,10 +189,10 @@ class Reaction:
 
 
 def _found(snapshot: Snapshot) -> Found:
-    """Return what one rank brings to the vote; where it does not know what it owns, whether it is critical counts."""
+    """Return what one rank brings to the vote; if it does not know what it owns, only its tier counts."""
     critical = snapshot.tier is HealthTier.CRITICAL
     return Found(snapshot.owned_inf_count or 0, snapshot.owned_nan_count or 0, critical)
 
 
 _WISHES = (None, "continue", "skip", "halt", "raise")
-"""What a rank may want, the strongest last: it is done by all of them."""
+"""What a rank may want, strongest last; all ranks do the strongest wish."""

@@ -39,7 +39,7 @@ class Sharing:
 
     @property
     def hops(self) -> int:
-        """Return how often the end of a pass is put off, so that all that reduces its gradients is done by then."""
+        """Return how many times to put off the end of a pass, until all that reduces its gradients is done."""
         return 2 if self._joined else 0
 
     def refresh(self) -> Wrappers | None:

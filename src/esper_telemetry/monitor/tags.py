@@ -42,11 +42,11 @@ class Tag:
 
     @property
     def has_company(self) -> bool:
-        """Tell whether hooks that are no monitor's wait for the gradient: they may take it away."""
+        """Tell whether other hooks than a monitor's wait for the gradient: they may take it away."""
         return len(self.hooks) > 1 and not all(_tag_of(hook) for hook in self.hooks.values())
 
     def leave_if_unlisted(self) -> None:
-        """Come off a parameter that is no longer the model's."""
+        """Remove the mark from a parameter that is no longer the model's."""
         if self.index is None:
             for key in [key for key, hook in self.hooks.items() if _tag_of(hook) is self]:
                 del self.hooks[key]
@@ -71,7 +71,7 @@ def tag(parameter: Tensor, arrive: Arrive) -> Tag:
 def untag(parameter: Tensor, arrive: Arrive) -> None:
     """Take this monitor's tag off a parameter, and leave no empty dict behind.
 
-    Where another thread trains it the dict stays: torch may be running its hooks, and to replace them is a crash.
+    Where another thread trains it the dict stays: torch may be running its hooks, and replacing them would crash.
     """
     hooks = parameter._post_accumulate_grad_hooks
     if hooks is None:
@@ -95,7 +95,7 @@ def has_other_monitor(parameter: Tensor, arrive: Arrive) -> bool:
 
 
 def _tag_of(hook: object, arrive: Arrive | None = None) -> Tag | None:
-    """Return the tag that a hook is for, None where it is no monitor's, or not this one's."""
+    """Return the tag that a hook is for; None if it is not a monitor's, or not this one's."""
     if isinstance(hook, partial) and hook.args and type(hook.args[0]) is Tag and arrive in (None, hook.func):
         return hook.args[0]
     return None

@@ -1,4 +1,4 @@
-"""What a training loop tells its monitor, beside the gradients."""
+"""What a training loop reports to its monitor besides the gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 
 
 class Told:
-    """Take in what the loop tells; a monitor is one of these."""
+    """Take what the loop reports; a base of the monitor."""
 
     _latest: Latest
     _progress: Progress
@@ -21,7 +21,7 @@ class Told:
 
     @property
     def batch_id(self) -> BatchId:
-        """Name the batch that makes the gradients to come, for the flight recorder."""
+        """Name the batch of the next backward pass, for the flight recorder."""
         return self._checks.batch_id
 
     @batch_id.setter
@@ -36,16 +36,16 @@ class Told:
         step: int | None = None,
         samples: int | None = None,
     ) -> None:
-        """Report how training goes, to show it beside the gradients; never wait for a device, never raise.
+        """Report training progress, to show it beside the gradients; never wait for a device, never raise.
 
-        samples: processed since the last call.
+        samples: how many were processed since the last call.
         """
         self._progress.tell(loss=loss, lr=lr, step=step, samples=samples)
 
     def record_ppo_update(self, payload: PPOUpdatePayload) -> None:
-        """Put a PPO update into the snapshot."""
+        """Report a PPO update, to show it beside the gradients."""
         self._latest.change(ppo=payload)
 
     def carry_on(self, before: Snapshot) -> None:
-        """Go on with the counters of a monitor that has ended in this process; call it before the first check."""
+        """Continue the counters of a monitor that ended in this process; call it before the first check."""
         self._checks.carry_on(before)

@@ -15,7 +15,10 @@ _Options = ParamSpec("_Options")
 def _watching_by_itself(make: Callable[_Options, GradientMonitor]) -> Callable[_Options, GradientMonitor]:
     @wraps(make, assigned=())
     def watch(*args: _Options.args, **options: _Options.kwargs) -> GradientMonitor:
-        """Return a GradientMonitor that measures by itself at the end of each backward pass, before anything clips."""
+        """Return a GradientMonitor that measures at the end of each backward pass, before anything clips.
+
+        Take the arguments of GradientMonitor, and raise what it raises.
+        """
         monitor = make(*args, **options)
         monitor.check_after_backward()
         return monitor

@@ -1,4 +1,4 @@
-"""One POST of JSON that raises where it was not taken."""
+"""One POST of JSON, which raises if it was not accepted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
 
 
 def checked_url(url: str) -> Target:
-    """Split a URL; raise ValueError in one line where it is none."""
+    """Split a URL; raise ValueError in one line if it is invalid."""
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()

@@ -12,10 +12,10 @@ from esper_telemetry.snapshot.ranks import SHOWN, BadRank, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 
 SILENT_SECONDS = 30.0
-"""How long a rank may say nothing, in which its thread has six turns, before it does not count as reporting."""
+"""How long a rank may be silent, six turns of its thread, before it no longer counts as reporting."""
 
 HOLD_SECONDS = 1.0
-"""How long a check is kept back of which it is not known who made it bad: a page names that rank if it can."""
+"""How long to hold back a bad check while it is unknown who made it bad, so that a page can name that rank."""
 
 _CHECKS = 64
 

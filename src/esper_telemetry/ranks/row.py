@@ -73,6 +73,6 @@ class Row(NamedTuple):
 
     @classmethod
     def decode(cls, text: bytes) -> Row:
-        """Read a row. Raise ValueError or TypeError when it is none."""
+        """Read a row. Raise ValueError or TypeError when it is not one."""
         place, process, beat, ended, attributes, bad = json.loads(text)
         return cls(RankPlace(*place), process, beat, ended, attributes, tuple(BadCheck(*check) for check in bad))

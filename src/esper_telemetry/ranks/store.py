@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
 
 def job_store() -> Place | None:
-    """Return where the store of the default process group listens; None before there is one, or where it is no server.
+    """Return where the store of the default process group listens; None before there is one, or if it is not a server.
 
     torch names no public way to it, so whatever goes wrong here means that there is none.
     """

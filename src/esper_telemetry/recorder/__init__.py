@@ -1,4 +1,4 @@
-"""The flight recorder: what stood before trouble, in a file, and how it is shown. Reading a file takes no torch."""
+"""The flight recorder: the checks before trouble, in a file, and how to show them. Reading a file needs no torch."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -25,7 +25,7 @@ _DTYPES = {
     torch.float16: tl.float16,
 }
 _PLANS = 16
-_CPU = torch.device("cpu")  # said where it matters: a loop may have made another device the default
+_CPU = torch.device("cpu")  # explicit, because a loop may have made another device the default
 _LIMITS = torch.tensor([0, 0, DEAD_ZERO_FRACTION, EXPLODING_LARGE_FRACTION], dtype=torch.float64, device=_CPU)
 
 _LAYOUT = attrgetter("layout")

@@ -44,7 +44,7 @@ def first_bad_elements(gradient: Tensor, limit: int) -> list[BadElement]:
 
 
 def _in_sparse(gradient: Tensor, limit: int) -> list[BadElement]:
-    """Search the stored values, which stand in row-major order of the index that belongs to each."""
+    """Search the stored values, which are in row-major order of their indices."""
     places, values, shape = gradient.indices(), gradient.values(), gradient.shape
     found = []
     for stored, value in islice(_bad(values), limit):

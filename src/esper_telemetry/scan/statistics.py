@@ -25,9 +25,9 @@ _TINY = 1e-30  # below it float32 has lost squares to underflow
 def collect_per_layer_gradients(model: Model) -> list[LayerGradientStats]:
     """Describe the gradient of every parameter that has one, in the model's order; tied parameters once.
 
-    Statistics are of what this process holds: of a DTensor its local shard. A complex gradient is described by the
-    magnitudes of its elements; one with an Inf and a NaN part is in both counts, as in `torch.isinf` and
-    `torch.isnan`. The zeros that a sparse gradient leaves out are elements.
+    Statistics cover what this process holds: the local shard of a DTensor. A complex gradient is described by the
+    magnitudes of its elements; an element with an Inf and a NaN part is in both counts, as in `torch.isinf` and
+    `torch.isnan`. The implicit zeros of a sparse gradient count as elements.
     """
     return [describe(name, parameter.grad) for name, parameter in named_layers(model) if parameter.grad is not None]
 

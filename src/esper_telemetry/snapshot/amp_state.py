@@ -1,4 +1,4 @@
-"""What a GradScaler has come to, as read from check to check."""
+"""The state of a GradScaler, as read from check to check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AmpState:
-    """Hold what the scaler came to: its scale, the steps that it skipped in all, and those in a row.
+    """Hold the scaler's state: its scale, the steps that it skipped in total, and those in a row.
 
     warm: whether a step was taken yet.
     """

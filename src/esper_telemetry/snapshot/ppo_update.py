@@ -1,4 +1,4 @@
-"""What one PPO update tells the monitor."""
+"""What one PPO update reports to the monitor."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PPOUpdatePayload:
-    """Describe one PPO update; the counts have no default, so that none can be sent that was not counted.
+    """Describe one PPO update; the counts have no default, so that none is reported without counting.
 
     inf_grad_count, nan_grad_count: of the update's worst check, each kind by itself.
-    update, episodes: how many there were so far, this one included.
-    episode_reward: mean over the last 100 episodes; like the losses None where nothing was measured.
+    update, episodes: how many there were so far, including this one.
+    episode_reward: mean over the last 100 episodes; like the losses, None where nothing was measured.
     update_seconds: wall time of the update's gradient steps.
     """
 

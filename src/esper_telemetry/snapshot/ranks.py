@@ -54,14 +54,14 @@ class Ranks:
     """Hold what rank 0 has read from every rank; of other ranks only where rank 0's page is.
 
     expected: ranks of the run.
-    reporting: ranks that were heard of lately, or said that they ended; None where nobody can tell.
-    gone: ranks that were heard of, went silent, and never said that they ended.
-    silent: of those that do not report, the first.
+    reporting: ranks that were heard from lately, or reported their end; None if that cannot be known.
+    gone: ranks that were heard from, went silent, and never reported their end.
+    silent: the first of those that do not report.
     recent: the run's counts within the recent window, each element once, by checks of the same number.
     exact: whether every rank knew which elements are its own; else the counts are of the worst rank.
     attributed: whether all that were heard of measure what their own backward made.
     bad: the ranks whose own backward was bad within the recent window, the earliest first.
-    places: every rank that was heard of, in their order.
+    places: every rank that was heard from, in order.
     leader: URL of rank 0's page, where it is known.
     """
 
@@ -84,7 +84,7 @@ class Ranks:
     def bad_at(self, now: float) -> tuple[BadRank, ...] | None:
         """Return the ranks that are bad at `now`, in monotonic seconds, the earliest first.
 
-        None where that is not known: where nobody hears of them, or not all measure it and none of the others is bad.
+        None if that is not known: nothing hears from them, or not all of them measure it and none that does is bad.
         """
         bad = tuple(rank for rank in self.bad if now - rank.last <= self.recent.seconds)
         return None if self.reporting is None or not (bad or self.attributed) else bad

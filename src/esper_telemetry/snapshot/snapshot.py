@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KindHistory:
-    """Hold what the run so far knows of one kind, Inf or NaN."""
+    """Hold what is known so far of one kind, Inf or NaN."""
 
     warning_checks: int
     critical_checks: int
@@ -46,10 +46,10 @@ class KindHistory:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """Name the run, and a process in it.
+    """Name the run and one of its processes.
 
     local_rank: among the processes of its host.
-    attempt: how often the launcher started the run again.
+    attempt: how many times the launcher has restarted the run.
     """
 
     run_id: str
@@ -65,34 +65,34 @@ class RunInfo:
 class Snapshot:
     """Hold everything that is known after the last check.
 
-    Before the first check `checks` is 0, the counts are 0 and everything that was not measured is None.
+    Before the first check, `checks` and the counts are 0, and everything that was not measured is None.
 
-    inf_grad_count, nan_grad_count: elements of that kind at the last check, over everything watched; of several ranks
-        what this one's optimizer will see.
-    owned_inf_count, owned_nan_count: those of them that this rank owns, so that the sum over ranks counts each element
-        once; None where that is not known.
-    local: what this rank's own backward pass made; None where it was not measured, as in a run of one rank.
+    inf_grad_count, nan_grad_count: elements of that kind at the last check, over everything watched; with several
+        ranks, what this rank's optimizer will see.
+    owned_inf_count, owned_nan_count: the part of them that this rank owns, so that the sum over ranks counts each
+        element once; None if that is not known.
+    local: what this rank's own backward pass made; None if it was not measured, as in a run of one rank.
     scope: what these numbers cover; None before the first check.
-    grad_norm: L2 norm before clipping; Inf or NaN where an element is.
+    grad_norm: L2 norm before clipping; Inf or NaN if an element is.
     elements: how many elements the last check covered.
     layers: the layers that were bad at the last check, worst first.
-    unmeasured_layers: whose gradient arrived at the last check, and was gone before it could be measured.
-    origin_layer: of the last bad check the bad layer that gradients reached first, the one nearest the loss.
+    unmeasured_layers: layers whose gradient arrived at the last check, but was gone before it could be measured.
+    origin_layer: in the last bad check, the bad layer that gradients reached first, the one nearest the loss.
     timestamp: unix time of the last check.
     layer_names, layer_norms: all layers, and the norm of each at the last check (None: it had no gradient).
     watched_heads: which layers are in which head; `heads` reads them.
-    dead_layers, exploding_layers: as of the last full statistics, which have a slower cadence than checks.
+    dead_layers, exploding_layers: as of the last full statistics, which are taken less often than checks.
     history: the last minutes in slots, and how trouble began.
-    unmonitored_steps: optimizer steps with gradients of the model that no check preceded.
-    amp: the GradScaler's state at the last check, None where none is watched.
+    unmonitored_steps: optimizer steps taken with gradients that no check had seen.
+    amp: the GradScaler's state at the last check; None if none is watched.
     found_damage: what the last look at parameters, buffers and optimizer state found; None before the first. `damage`
-        says it in a word.
-    cause: where the trouble of the last episode began, as far as that was seen: "input", "parameter NAME", "forward of
+        is its verdict in one word.
+    cause: where the trouble of the last episode began, as far as it was seen: "input", "parameter NAME", "forward of
         MODULE", "loss" or "backward of MODULE".
-    last_good_check: the last check that found nothing, of a model that was not known to be damaged.
+    last_good_check: the last check that found nothing in a model that was not known to be damaged.
     monitor_seconds: time spent measuring so far.
-    progress: what the loop told of its training; None where it told nothing.
-    ranks: what is known of the other processes of the run; None in a run of one, and before they are known.
+    progress: what the loop has reported of its training; None if it has reported nothing.
+    ranks: what is known of the other processes of the run; None in a run of one rank, and before they are known.
     """
 
     run: RunInfo
@@ -177,7 +177,7 @@ class Snapshot:
 
     @property
     def tier(self) -> HealthTier:
-        """Return the tier of the last check, the worse of its two kinds; without a full look it is never healthy."""
+        """Return the worse tier of the two kinds at the last check; not healthy if a layer could not be measured."""
         tier = HealthTier.of(max(self.inf_grad_count, self.nan_grad_count))
         return HealthTier.WARNING if self.unmeasured_layers and tier is HealthTier.HEALTHY else tier
 
@@ -193,7 +193,7 @@ class Snapshot:
 
     @property
     def local_origin_layer(self) -> str | None:
-        """Return the layer where the last trouble that this rank itself made began."""
+        """Return where the last trouble began that this rank's own backward pass made."""
         return None if self.local is None else self.local.origin_layer
 
     @property
@@ -206,7 +206,7 @@ class Snapshot:
 
     @property
     def heads(self) -> Mapping[str, Head]:
-        """Return the heads by name, each with its norm at the last check and what was ever found in it."""
+        """Return the heads by name, each with its norm at the last check and what has ever been found in it."""
         if self.watched_heads is None:
             return {}
         return self.watched_heads.read(self.layer_names, self.layer_norms)
@@ -231,7 +231,7 @@ class Snapshot:
         return self.but(skipped_updates={**self.skipped_updates, reason: self.skipped_updates[reason] + 1})
 
     def carrying_on(self, before: Snapshot) -> Snapshot:
-        """Return this snapshot of a run that has just begun, with all that another has counted and remembered."""
+        """Return this snapshot of a new run with the counters and the memory of another."""
         heads = self.watched_heads
         if heads is not None and before.watched_heads is not None:
             heads = replace(heads, inf=before.watched_heads.inf, nan=before.watched_heads.nan)

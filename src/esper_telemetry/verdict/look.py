@@ -40,8 +40,8 @@ class _Launched(NamedTuple):
 class Looks:
     """Look at the state of a model; results that are on a device arrive later, in their order.
 
-    Inf that stood in a buffer, or in a frozen parameter, when it was seen first is meant, as in an attention mask: it
-    is no damage while it stays as it is. NaN is never meant, nor anything in running statistics.
+    Inf that was in a buffer or a frozen parameter at the first look is taken as intended, as in an attention mask: it
+    is not damage while it stays unchanged. NaN is never intended, nor is Inf in running statistics.
 
     on_result: called with what each look found, and its mark.
     """

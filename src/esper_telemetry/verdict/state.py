@@ -30,7 +30,7 @@ class Held(NamedTuple):
     """Hold one tensor of the state.
 
     part: "parameters", "buffers" or "optimizer".
-    may_be_meant: whether Inf may stand there on purpose, as in the buffer of an attention mask.
+    may_be_meant: whether Inf may be there on purpose, as in the buffer of an attention mask.
     """
 
     part: str

@@ -1,7 +1,7 @@
 """Samples as OpenTelemetry's data points.
 
 The points are made here and not by the SDK's observable instruments, which refuse every value that is not finite: the
-norm of a bad gradient would be left out, and the last finite one would stand in Prometheus for five minutes more.
+norm of a bad gradient would be left out, and the last finite one would stay in Prometheus for five more minutes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def dotted(metric: Metric) -> str:
 def resource_of(run: RunInfo) -> Resource:
     """Describe the run; what OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME say comes first.
 
-    An instance is RUN:RANK, as a scraped one is HOST:PORT: the rules take what stands before the colon for the run.
+    An instance is RUN:RANK, as a scraped one is HOST:PORT: the rules take the part before the colon as the run.
     """
     of_run: Mapping[str, str] = {
         "service.name": "esper-telemetry",

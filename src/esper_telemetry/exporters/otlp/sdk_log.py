@@ -15,10 +15,11 @@ _LOGGERS = (
 
 
 class SdkLog(logging.Filter):
-    """Hand what OpenTelemetry logs in this thread to `tell`, and let nobody else hear of it.
+    """Pass what OpenTelemetry logs in this thread to `tell`, and keep it from every other handler.
 
-    It logs every try to push, and each time it reads it a variable that is no good.
-    of_all_threads: where it starts threads of its own to read them.
+    It logs every attempt to push, and an invalid variable each time it reads one.
+
+    of_all_threads: for when it starts its own threads to read them.
     """
 
     def __init__(self, tell: Callable[[str], object], *, of_all_threads: bool = False) -> None:
@@ -35,7 +36,7 @@ class SdkLog(logging.Filter):
             logging.getLogger(name).removeFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep a record to ourselves."""
+        """Take a record, so that no other handler sees it."""
         if self._thread not in (None, record.thread):
             return True
         self._tell(record.getMessage())

@@ -1,4 +1,4 @@
-"""Tell a snapshot as JSON: what the exporter's page shows. docs/status-api.md describes every field."""
+"""Turn a snapshot into JSON: what the exporter's page shows. docs/status-api.md describes every field."""
 
 from __future__ import annotations
 
@@ -222,9 +222,9 @@ def _history(snapshot: Snapshot, monotonic: float) -> Json:
 
 
 def _number(value: float | None) -> float | str | None:
-    """Return what JSON can carry; it has no word for Inf and NaN, so that these become Prometheus' words for them.
+    """Return what JSON can carry; it has no Inf and NaN, so these become Prometheus' words for them.
 
-    Losses of a training loop may be NumPy's numbers, which are no floats to JSON.
+    The losses of a training loop may be NumPy numbers, which are not floats to JSON.
     """
     if value is None or isinstance(value, int):
         return value

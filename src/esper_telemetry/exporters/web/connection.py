@@ -17,7 +17,7 @@ REQUEST_SECONDS = 10.0
 IDLE_SECONDS = 90.0
 """How long a connection is kept between requests; above the usual scrape intervals."""
 
-_PAUSE_SECONDS = 0.25  # who asks sooner again takes its turns with those who are never content
+_PAUSE_SECONDS = 0.25  # a client that asks again sooner takes its turns with those that never pause
 _PIECES = 2  # of a request; of one that comes in more, each of the others needs a turn
 _MAX_HEADER_BYTES = 16 * 1024
 _MAX_KNOWN = 64

@@ -3,7 +3,7 @@
 The loop lives in the trainer's process: what a flood of clients makes it do is taken from the training. So whatever
 costs something needs a turn. There are four kinds of turns, each with a share of one core, so that no kind waits for
 another: to come in; to shake hands and ask for the first time; to ask again after a pause; and all else, which is to
-ask at once again, to ask without ever being let in, or to send a request in crumbs. While a share is used up, those who
+ask at once again, to ask without ever being let in, or to send a request in bits. While a share is used up, those who
 want a turn of that kind wait, and what they say stays in the kernel, where it costs nothing, since nobody reads it.
 
 Of newcomers the last one is the next: the others have been overtaken already, and whoever floods is among them; but
@@ -25,7 +25,7 @@ BURST_SECONDS = 0.1
 """How much processor time each kind may take at once, after a quiet while."""
 
 _LAST_FEW = 4
-_ROUND_SECONDS = 0.001  # between two rests: after each the processor's caches are cold, and the first turn is dear
+_ROUND_SECONDS = 0.001  # between two rests: after each the processor's caches are cold, and the first turn is expensive
 _LONGEST_TURN = 0.01  # what takes longer is a garbage collection of the whole process, which falls on any thread
 
 

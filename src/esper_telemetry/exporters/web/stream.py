@@ -1,4 +1,4 @@
-"""The bytes of one client, in plain or under TLS.
+"""The bytes of one client, in plaintext or under TLS.
 
 asyncio's own TLS begins with the connection, holds 256 KiB for each, and leaves cycles of objects behind when one ends.
 Here TLS begins with the first byte, so that a client that says nothing costs next to nothing; and nothing is kept
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class Stream:
-    """Speak with a client in plain, over a socket that does not block."""
+    """Talk to a client in plaintext, over a non-blocking socket."""
 
     def __init__(self, wire: socket.socket) -> None:
         self._wire = wire

@@ -38,7 +38,7 @@ def line_plot(checks: Sequence[int], values: Sequence[float | None], label: str)
 
 
 def _axis(finite: Sequence[float]) -> tuple[list[float], Scale]:
-    """Return where the grid lines are and how high a value stands."""
+    """Return where the grid lines are and the height of a value."""
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     if 0 < low < high / 10:
         first, last = max(_POWERS[0], math.floor(math.log10(low))), min(_POWERS[1], math.ceil(math.log10(high)))
