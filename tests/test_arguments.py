@@ -154,11 +154,11 @@ def test_anything_is_taken_or_refused_in_one_line(entrance, name, anything, moni
     [
         (
             lambda monitor: start_exporter(nn.Linear(2, 1)),
-            "source: expected a monitor, as watch(model) returns it, got Linear",
+            "source: expected a monitor, as returned by watch(model), got Linear",
         ),
         (
             lambda monitor: start_textfile(nn.Linear(2, 1), "."),
-            "monitor: expected a monitor, as watch(model) returns it, got Linear",
+            "monitor: expected a monitor, as returned by watch(model), got Linear",
         ),
         (lambda monitor: start_exporter(monitor, 1.5), "address: expected HOST:PORT or a port, got float"),
         (lambda monitor: start_exporter(monitor, 0, strict="no"), "strict: expected True or False, got 'no'"),

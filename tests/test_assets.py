@@ -136,7 +136,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.Capture
     code, out, error = esper_assets(capsys, tmp_path)
     assert (code, out) == (2, "")
     assert error == (
-        f"esper assets: {own.parent} exists already and nothing is overwritten; move it away, or name another folder\n"
+        f"esper assets: {own.parent} already exists, and nothing is overwritten; move it, or choose another folder\n"
     )
     assert tree(tmp_path) == {"alerts/own.yml": "mine"}
 
@@ -192,7 +192,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, capsys: p
         (["--label", "release"], "--label: expected KEY=VALUE, got 'release'"),
         (["--label", "a b=c"], "--label: expected a label such as release=kube-prometheus-stack, got 'a b=c'"),
         (["--label", "a=1", "--label", "a=2"], "--label: a is given twice"),
-        (["--label", "app.kubernetes.io/name=x"], "--label: app.kubernetes.io/name is esper-telemetry already"),
+        (["--label", "app.kubernetes.io/name=x"], "--label: app.kubernetes.io/name is already set to esper-telemetry"),
         (["--namespace", "Training"], "--namespace: expected a name such as monitoring, got 'Training'"),
     ],
 )

@@ -157,7 +157,7 @@ def test_halt_ends_with_3_and_says_why_after_it_waited_for_a_scrape():
         "esper ppo: halted: critical gradients at check 41: Inf 6, NaN 0 (critical is above 5), "
         "first in action_net.weight"
     )
-    waits = r"esper: waiting for .*/metrics to be scraped once more, 0\.1 s at most; Ctrl-C leaves at once"
+    waits = r"esper: waiting for .*/metrics to be scraped once more, 0\.1 s at most; Ctrl-C exits at once"
     assert re.fullmatch(waits, said[1])
 
 
@@ -178,7 +178,7 @@ def test_a_run_that_dies_of_a_bad_gradient_says_so_and_fails():
         (["--env", "Nowhere-v0"], "--env: expected a Gymnasium environment such as CartPole-v1, got 'Nowhere-v0': "),
         (["--env", "Pendulum-v1", "--inject", "inf:1@1:x"], "--inject: expected one of the layers "),
         (["--inject", "inf@3"], "--inject: expected KIND:COUNT@CHECK[:LAYER] such as inf:6@40 "),
-        (["--inject", "inf:1@999999"], "--inject: expected a check from 1 to 6280, which is within reach, got 999999"),
+        (["--inject", "inf:1@999999"], "--inject: expected a check from 1 to 6280, the last one in reach, got 999999"),
         (["--listen-address", "here"], "--listen-address: expected HOST:PORT such as 127.0.0.1:19301, got 'here'"),
         (["--listen-address", "192.0.2.1:1"], "--listen-address: cannot listen on 192.0.2.1:1: "),
         (["--otlp-endpoint", "here"], "--otlp-endpoint: expected a URL such as http://localhost:4318, got 'here'"),

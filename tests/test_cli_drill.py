@@ -123,18 +123,18 @@ def test_a_password_is_told_to_nobody_who_does_not_ask(exporter, login):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "; --ca-file names who to trust"),
+        ([], "; set --ca-file to trust its CA"),
         (
             ["--ca-file", "ca.crt"],
-            "; --user and --password-file say who asks",
+            "; set --user and --password-file",
         ),
         (["--ca-file", "gone"], "--ca-file: expected a file of certificates, got 'gone': No such file or directory"),
         (["--ca-file", "password"], "--ca-file: expected a file of certificates, got 'password': no certificate in it"),
-        (["--user", "prometheus"], "--user: expected --password-file beside it"),
-        (["--password-file", "password"], "--password-file: expected --user beside it"),
+        (["--user", "prometheus"], "--user: expected --password-file too"),
+        (["--password-file", "password"], "--password-file: expected --user too"),
         (
             ["--user", "me", "--password-file", "gone"],
-            "--password-file: expected a file that can be read, got 'gone': No such file or directory",
+            "--password-file: expected a readable file, got 'gone': No such file or directory",
         ),
     ],
 )
@@ -184,9 +184,9 @@ def test_no_proxy_is_honoured():
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (lambda path, headers: (200, b"<html>"), "expected the answer of a Prometheus from "),
-        (lambda path, headers: (200, b"[]"), "expected the answer of a Prometheus from "),
-        (lambda path, headers: (200, b'{"data": null}'), "expected the answer of a Prometheus from "),
+        (lambda path, headers: (200, b"<html>"), "expected a Prometheus response from "),
+        (lambda path, headers: (200, b"[]"), "expected a Prometheus response from "),
+        (lambda path, headers: (200, b'{"data": null}'), "expected a Prometheus response from "),
     ],
 )
 def test_a_server_that_is_no_prometheus_is_one_line(exporter, login, answer, reason):

@@ -220,8 +220,8 @@ class TestAPortInUse:
         assert b"\nesper_inf_grad_count 3.0\n" in get(second)[2]
         assert [record.message for record in caplog.records] == [
             f"esper: the exporter at {first.url} is replaced by a new one",
-            f"esper: {first.url} shows another run now; nobody has scraped the last bad check of the one before: "
-            "Inf 2, NaN 0 in all, first in policy.weight",
+            f"esper: {first.url} now serves another run; the last bad check of the previous run was never scraped: "
+            "Inf 2, NaN 0 in total, first in policy.weight",
         ]
         first.close()
         assert get(second)[0] == 200
@@ -271,7 +271,7 @@ def test_the_environment_says_where_to_listen_and_how_long_to_linger(source, mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((object(),), "source: expected a monitor, as watch(model) returns it, got object"),
+        ((object(),), "source: expected a monitor, as returned by watch(model), got object"),
         ((Source(fresh()), 3.5), "address: expected HOST:PORT or a port, got float"),
         ((Source(fresh()), True), "address: expected HOST:PORT or a port, got bool"),
     ],
@@ -368,7 +368,7 @@ class TestTheLastWord:
         began = time.monotonic()
         exporter.close()
         assert time.monotonic() - began < 60
-        assert "once more by 127.0.0.1 Prometheus/3, 90 s at most; Ctrl-C leaves at once" in caplog.text
+        assert "once more by 127.0.0.1 Prometheus/3, 90 s at most; Ctrl-C exits at once" in caplog.text
         scraper.join()
 
     def test_is_not_waited_for_where_nobody_scraped(self, exporter, source, caplog):

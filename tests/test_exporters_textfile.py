@@ -132,7 +132,7 @@ def test_a_bad_end_leaves_it_with_the_last_state(model, monitor, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_set_up(monitor, tmp_path):
-    with pytest.raises(OSError, match=r"textfile-dir: expected a folder that can be written, got .*: No such file"):
+    with pytest.raises(OSError, match=r"textfile-dir: expected a writable folder, got .*: No such file"):
         start_textfile(monitor, tmp_path / "nowhere")
 
 
@@ -274,7 +274,7 @@ def test_eight_ranks_that_start_together_beside_hundreds_of_old_files_all_start(
 )
 def test_each_fault_of_a_folder_has_its_own_words(make, reason, tmp_path):
     make(tmp_path / "folder")
-    with pytest.raises(OSError, match=rf"textfile-dir: expected a folder that can be written, got '.*': {reason}$"):
+    with pytest.raises(OSError, match=rf"textfile-dir: expected a writable folder, got '.*': {reason}$"):
         start_textfile(Run(), tmp_path / "folder")
 
 
@@ -283,7 +283,7 @@ def test_a_folder_in_place_of_the_file_is_said_and_training_starts(tmp_path, cap
     start_textfile(Run(), tmp_path).close()
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "esper-run-1-0.prom cannot be written, and this is not logged again: Is a directory"
+        "esper-run-1-0.prom cannot be written: Is a directory (later failures are not logged)"
     )
     assert os.listdir(tmp_path) == ["esper-run-1-0.prom"]
 
@@ -349,7 +349,7 @@ def test_a_file_of_another_user_in_place_of_ours_is_said_and_training_starts(sha
     assert done.returncode == 0
     path = shared / "esper-run-1-0.prom"
     assert done.stderr == (
-        f"esper: {path} cannot be written, and this is not logged again: a file of another user stands there\n"
+        f"esper: {path} cannot be written: another user owns the file (later failures are not logged)\n"
     )
     assert os.listdir(shared) == [path.name]
 
@@ -362,7 +362,7 @@ def test_a_folder_that_another_user_keeps_for_himself_is_said_at_set_up(shared, 
     done = as_nobody(shared)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(
-        f"textfile-dir: expected a folder that can be written, got '{shared}': Permission denied"
+        f"textfile-dir: expected a writable folder, got '{shared}': Permission denied"
     )
 
 

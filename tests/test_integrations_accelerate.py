@@ -135,9 +135,7 @@ class TestRunAfterRun:
             second = self.watch(model)
         model(torch.ones(1, 1)).sum().backward()
         assert (died.monitor.snapshot.checks, second.monitor.snapshot.checks) == (1, 2)
-        assert caplog.messages == [
-            f"esper: {second.exporter.url} shows the run that begins now; the one before it did not end"
-        ]
+        assert caplog.messages == [f"esper: {second.exporter.url} now shows a new run; the previous one did not end"]
 
     def test_one_whose_cell_is_run_again_before_its_close_leaves_its_page_and_model_too(self, caplog):
         model = nn.Linear(1, 1)
@@ -157,7 +155,7 @@ class TestRunAfterRun:
                 model(torch.ones(1, 1)).sum().backward()
             assert (first.monitor.snapshot.checks, second.monitor.snapshot.checks) == (1, 1)
         assert len(caplog.messages) == 1
-        assert "shows the run that begins now" in caplog.text
+        assert "now shows a new run" in caplog.text
 
     def test_a_port_in_use_is_an_error_line_and_the_page_is_at_the_next_free_port(self, caplog):
         with socket.create_server(("127.0.0.1", 0)) as listener, caplog.at_level(logging.ERROR):
@@ -205,4 +203,4 @@ def test_the_last_good_checkpoint_is_not_rotated_away(tmp_path, caplog, keep, le
     }
     assert finite == left
     assert "save_state" not in vars(accelerator)
-    assert ("so that the last good one stays: parameters damaged" in caplog.text) == keep
+    assert ("to keep the last good one: parameters damaged" in caplog.text) == keep

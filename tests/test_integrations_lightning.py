@@ -234,7 +234,7 @@ class TestLog:
 
     def test_a_trainer_without_a_logger_is_one_line(self, caplog):
         fit(Model(), EsperCallback(log=True))
-        assert "log=True expects a Trainer that has a logger" in caplog.text
+        assert "log=True needs a Trainer with a logger" in caplog.text
 
     def test_it_is_off_by_default(self, tmp_path):
         assert self.rows(tmp_path, Model(), EsperCallback(), log_every_n_steps=1) == []
@@ -277,7 +277,7 @@ class TestRunAfterRun:
             fit(model, second)
         assert second.exporter is callback.exporter
         assert (died.snapshot.checks, second.monitor.snapshot.checks) == (3, 13)
-        assert "the one before it did not end" in caplog.text
+        assert "the previous one did not end" in caplog.text
         assert "watched already" not in caplog.text
 
     def test_skips_of_the_scaler_are_counted_on(self):
@@ -345,7 +345,7 @@ def test_the_last_good_checkpoint_is_not_written_over(tmp_path, caplog):
         enable_checkpointing=True,
     )
     assert checkpoints(tmp_path) == {"only.ckpt": True}
-    assert "only.ckpt is not written over, as it is the last good one: parameters damaged" in caplog.text
+    assert "only.ckpt is not overwritten, because it is the last good checkpoint: parameters damaged" in caplog.text
 
 
 def test_a_good_checkpoint_that_nobody_wants_any_more_is_removed_when_there_is_a_newer_one(tmp_path):

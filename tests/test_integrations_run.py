@@ -82,7 +82,7 @@ def test_each_of_two_that_train_at_a_time_comes_back_to_its_own_page(address, el
 def test_strict_refuses_an_address_where_another_thread_trains(address, elsewhere):
     elsewhere(begin, Runs(address, strict=False))
     model = nn.Linear(1, 1)
-    with pytest.raises(OSError, match="shows another run of this process, which still trains"):
+    with pytest.raises(OSError, match="shows another run of this process that is still training"):
         begin(Runs(address, strict=True), model)
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
@@ -93,7 +93,7 @@ def test_a_thread_that_died_leaves_its_page(address, elsewhere, caplog):
     begin(second := Runs(address, strict=False))
     assert second.exporter is first.exporter
     assert scrape(second.exporter)["esper_checks_total"] == 2
-    assert "the one before it did not end" in caplog.text
+    assert "the previous one did not end" in caplog.text
 
 
 def test_a_page_that_its_user_has_closed_is_made_anew_and_counts_on(address):

@@ -285,7 +285,7 @@ class TestRunAfterRun:
         assert first.url.endswith(address)
         assert [scrape(exporter)["esper_checks_total"] for exporter in (first, second)] == [8, 8]
         (said,) = caplog.messages
-        assert f"{first.url} shows another run of this process, which still trains" in said
+        assert f"{first.url} shows another run of this process that is still training" in said
         assert second.url in said
 
 

@@ -126,7 +126,7 @@ def test_all_that_is_trained_is_watched_and_nothing_else(algorithm, env, options
     ("algorithm", "policy", "options", "line"),
     [
         (ARS, "LinearPolicy", {"n_delta": 1}, "ARS trains without an optimizer, so there are no gradients to measure"),
-        (TRPO, "MlpPolicy", {"n_steps": 16}, "TRPO takes the gradients of its policy by torch.autograd.grad"),
+        (TRPO, "MlpPolicy", {"n_steps": 16}, "TRPO computes its policy's gradients with torch.autograd.grad"),
     ],
 )
 def test_what_cannot_be_seen_is_said_in_one_line(algorithm, policy, options, line, caplog):

@@ -233,7 +233,7 @@ class TestRunAfterRun:
             train(model, [second], arguments())
         assert second.exporter is first.exporter
         assert (first.monitor.snapshot.checks, second.monitor.snapshot.checks) == (3, 13)
-        assert "the one before it did not end" in caplog.text
+        assert "the previous one did not end" in caplog.text
         assert "watched already" not in caplog.text
 
     def test_a_port_in_use_is_an_error_line_and_the_page_is_at_the_next_free_port(self, arguments, caplog):
@@ -262,7 +262,7 @@ def test_the_last_good_checkpoint_is_not_rotated_away(arguments, tmp_path, caplo
     assert callback.monitor.snapshot.damage == "parameters"
     folders = {int(path.name.partition("-")[2]): path for path in tmp_path.glob("checkpoint-*")}
     assert {step: finite(path) for step, path in folders.items()} == left
-    assert ("no checkpoint is saved, so that the last good one stays: parameters damaged" in caplog.text) == keep
+    assert ("no checkpoint is saved, to keep the last good one: parameters damaged" in caplog.text) == keep
 
 
 def test_all_checkpoints_of_a_healthy_run_are_saved(arguments, tmp_path):

@@ -233,7 +233,7 @@ class TestByHand:
         scaler.update()
         snapshot = monitor.update(scaler=scaler)
         assert snapshot.amp.scale == 512.0
-        with pytest.raises(ValueError, match="scaler: expected the GradScaler that this monitor follows already"):
+        with pytest.raises(ValueError, match="scaler: expected the GradScaler that this monitor already follows"):
             monitor.update(scaler=GradScaler("cpu"))
 
     def test_what_is_no_scaler_is_refused(self):

@@ -543,7 +543,7 @@ class TestWhatIsWatched:
         assert not caplog.records
         watch(model)
         assert [record.message for record in caplog.records] == [
-            "esper: this model is watched already; each monitor measures by itself until its close()"
+            "esper: this model is already watched; each monitor measures separately until its close()"
         ]
         first.close()
 
@@ -582,8 +582,8 @@ class TestWhatIsWatched:
     @pytest.mark.parametrize(
         ("model", "message"),
         [
-            ({"alpha": torch.ones(2, requires_grad=True) * 2}, "model: expected for 'alpha' a leaf tensor"),
-            ({"alpha": 3}, "model: expected for 'alpha' a torch.nn.Module or a tensor, got int"),
+            ({"alpha": torch.ones(2, requires_grad=True) * 2}, "model: expected a leaf tensor for 'alpha'"),
+            ({"alpha": 3}, "model: expected a torch.nn.Module or a tensor for 'alpha', got int"),
             ({}, "model: expected a torch.nn.Module or a dict of them, got dict"),
             (3, "model: expected a torch.nn.Module or a dict of them, got int"),
         ],

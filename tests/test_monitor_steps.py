@@ -122,5 +122,5 @@ def test_an_optimizer_around_another_is_told_what_is_not_covered(caplog):
     watch(model, optimizer=Lookahead(torch.optim.SGD(model.parameters())), on_critical="skip")
     assert [record.message for record in caplog.records] == [
         "esper: on_critical='skip' drops the gradients of Lookahead; "
-        "what it does to parameters beside its inner goes on"
+        "what it does to parameters outside its inner continues"
     ]

@@ -98,7 +98,8 @@ def test_a_receiver_that_refuses_is_asked_again(pager, caplog):
         eventually(lambda: statuses(pager) == [("critical", "firing")])
         assert posts.failures == 2
     assert [each.message for each in caplog.records if "failed" in each.message] == [
-        f"esper: a post to {pager.url}/page failed; this is not logged again: it answered 503: Service Unavailable"
+        f"esper: a post to {pager.url}/page failed: it answered 503: Service Unavailable"
+        " (later failures are not logged)"
     ]
 
 
@@ -198,7 +199,7 @@ def test_what_is_no_url_is_one_line(url):
 
 
 def test_what_is_no_monitor_is_one_line():
-    with pytest.raises(TypeError, match=r"^monitor: expected what watch\(\) returns, got Linear$"):
+    with pytest.raises(TypeError, match=r"^monitor: expected a monitor, as returned by watch\(model\), got Linear$"):
         webhook(nn.Linear(1, 1), "http://127.0.0.1:9/")
 
 

@@ -273,7 +273,7 @@ def test_where_the_environment_is_against_it_nothing_is_pushed(receiver, run, en
     [
         ("OTEL_SDK_DISABLED", "yes", "expected true or false; 'yes' is ignored"),
         ("OTEL_METRICS_EXPORTER", "zipkin", "expected otlp or prometheus or console or none; 'zipkin' is ignored"),
-        ("OTEL_METRICS_EXPORTER", "otlp,console", "esper pushes over OTLP, and prints nothing to the console"),
+        ("OTEL_METRICS_EXPORTER", "otlp,console", "esper pushes over OTLP and prints nothing to the console"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zstd", "expected gzip or deflate or none; 'zstd' is ignored"),
         (
             "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
@@ -286,11 +286,11 @@ def test_where_the_environment_is_against_it_nothing_is_pushed(receiver, run, en
             "expected explicit_bucket_histogram or base2_exponential_bucket_histogram; 'some' is ignored",
         ),
         ("OTEL_METRICS_EXEMPLAR_FILTER", "all", "expected always_on or always_off or trace_based; 'all' is ignored"),
-        ("OTEL_METRICS_EXEMPLAR_FILTER", "always_on", "what esper pushes has no exemplars"),
+        ("OTEL_METRICS_EXEMPLAR_FILTER", "always_on", "esper pushes no exemplars"),
         ("OTEL_LOG_LEVEL", "loud", "expected debug or info or warn or error or none; 'loud' is ignored"),
         ("OTEL_RESOURCE_ATTRIBUTES", "team", "Invalid key value resource attribute pair team: "),
-        ("OTEL_CONFIG_FILE", "otel.yaml", " is not read; the other variables hold"),
-        ("OTEL_EXPERIMENTAL_CONFIG_FILE", "otel.yaml", " is not read; the other variables hold"),
+        ("OTEL_CONFIG_FILE", "otel.yaml", " is not supported; the other variables still apply"),
+        ("OTEL_EXPERIMENTAL_CONFIG_FILE", "otel.yaml", " is not supported; the other variables still apply"),
     ],
 )
 def test_what_cannot_be_obeyed_is_one_line_and_it_pushes(receiver, environ, caplog, name, value, said):
@@ -423,9 +423,9 @@ def test_an_endpoint_that_is_no_url_is_said_at_set_up(run, endpoint):
         (
             "OTEL_EXPORTER_OTLP_CERTIFICATE",
             "/no",
-            "expected a file that can be read, got '/no': No such file or directory",
+            "expected a readable file, got '/no': No such file or directory",
         ),
-        ("OTEL_EXPORTER_OTLP_METRICS_CLIENT_KEY", "/", "expected a file that can be read, got '/': Is a directory"),
+        ("OTEL_EXPORTER_OTLP_METRICS_CLIENT_KEY", "/", "expected a readable file, got '/': Is a directory"),
     ],
 )
 def test_a_variable_that_is_no_good_is_said_at_set_up(run, environ, name, value, message):
@@ -437,7 +437,7 @@ def test_a_variable_that_is_no_good_is_said_at_set_up(run, environ, name, value,
 
 def test_a_key_without_its_certificate_is_said_at_set_up(run, environ, certificate):
     environ.setenv("OTEL_EXPORTER_OTLP_CLIENT_KEY", certificate[1])
-    beside = r"OTEL_EXPORTER_OTLP_CLIENT_KEY: expected OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE beside it"
+    beside = r"OTEL_EXPORTER_OTLP_CLIENT_KEY: expected OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE too"
     with pytest.raises(ValueError, match=beside):
         start_otlp(run)
 
@@ -488,7 +488,7 @@ def test_a_collector_in_trouble_is_logged_once_and_counted_and_told_when_it_is_b
         receiver.wait(lambda push: push.value("esper.otlp_export_failures") == 3)
         assert (exporter.failures, exporter.url) == (3, f"{receiver.url}/v1/metrics")
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"esper: a push to {receiver.url}/v1/metrics failed; ")
+    assert record.getMessage().startswith(f"esper: a push to {receiver.url}/v1/metrics failed: ")
     assert "code: 400" in record.getMessage()
     assert "secret" not in record.getMessage()
 
@@ -609,7 +609,7 @@ def test_a_push_without_an_answer_is_given_up_then(hanging, run, environ, variab
 def test_seconds_in_place_of_milliseconds_are_one_line(receiver, environ, caplog):
     environ.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "10")
     start_otlp(Run(fresh()), receiver.url).close()
-    said = "esper: OTEL_EXPORTER_OTLP_TIMEOUT is in milliseconds; a push gets 0.01 s to arrive"
+    said = "esper: OTEL_EXPORTER_OTLP_TIMEOUT is in milliseconds; a push times out after 0.01 s"
     assert caplog.messages[0] == said
 
 

@@ -136,7 +136,7 @@ def test_torch_is_not_imported_to_be_asked():
         ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK: expected a whole number of at least 0, got '1.5'"),
         ({"ESPER_RANK": "two"}, "ESPER_RANK: expected a whole number of at least 0, got 'two'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: expected less than WORLD_SIZE=2, got 2"),
-        ({"ESPER_RANK": "2"}, "ESPER_RANK: expected a world size beside it, got 2"),
+        ({"ESPER_RANK": "2"}, "ESPER_RANK: expected a world size too, got 2"),
         ({"ESPER_RUN_ID": "a\tb"}, r"ESPER_RUN_ID: expected no control characters, got 'a\tb'"),
     ],
 )

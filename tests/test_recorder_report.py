@@ -84,7 +84,7 @@ class TestText:
         assert lines[at : at + 4] == [
             "bad layer    Inf  NaN  of  first at",
             "head.weight    6    0  64  [1, 2] inf [7, 0] -inf",
-            "trunk.bias     0    1   8  not known, the gradient was gone",
+            "trunk.bias     0    1   8  unknown: the gradient was gone",
             "and 7 more layers",
         ]
 
@@ -297,5 +297,5 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path):
         check=False,
     )
     assert run.returncode == 2
-    expected = f"--record-dir: expected a folder that can be written, got '{tmp_path / 'file'}': File exists"
+    expected = f"--record-dir: expected a writable folder, got '{tmp_path / 'file'}': File exists"
     assert run.stderr == f"esper ppo: {expected}\n"

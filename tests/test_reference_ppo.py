@@ -86,7 +86,7 @@ def test_a_fault_that_the_run_did_not_reach_is_told():
         ({"env": "Nowhere-v0"}, "--env: expected a Gymnasium environment such as CartPole-v1, got 'Nowhere-v0'"),
         ({"listen_address": "nowhere"}, "--listen-address: expected HOST:PORT"),
         ({"inject": [Fault("inf", 1, 1, "x")]}, "--inject: expected one of the layers mlp_extractor"),
-        ({"inject": [Fault("inf", 1, 10**9)]}, "--inject: expected a check from 1 to 6280, which is within reach"),
+        ({"inject": [Fault("inf", 1, 10**9)]}, "--inject: expected a check from 1 to 6280, the last one in reach"),
     ],
 )
 def test_bad_input_begins_with_the_option(options, message):

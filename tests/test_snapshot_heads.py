@@ -104,10 +104,10 @@ def test_no_heads_are_none():
     [
         (
             {"policy": "actoin_net"},
-            "heads: expected for 'policy' one of trunk, action_net, value_net, value_net2, frozen",
+            "heads: expected one of trunk, action_net, value_net, value_net2, frozen for 'policy'",
         ),
-        ({"value": ["value_net", "value"]}, "heads: expected for 'value' one of trunk, action_net, "),
-        ({"value": []}, "heads: expected for 'value' one of "),
+        ({"value": ["value_net", "value"]}, "heads: expected one of trunk, action_net, "),
+        ({"value": []}, "heads: expected one of "),
         ({"value": 3}, "heads: expected names of modules, got int"),
         (["action_net"], "heads: expected a dict of head -> module name, got list"),
     ],

@@ -222,7 +222,7 @@ def test_set_up_says_what_it_takes(caplog):
         Run(rewind_every=50)
     [line] = [each.getMessage() for each in caplog.records]
     assert "keeps a copy in host memory: 0.0 MiB now" in line
-    assert "for Adam twice the 68 parameters" in line
+    assert "for Adam, twice the 68 parameters" in line
     assert "every 50 checks" in line
 
 
@@ -269,5 +269,5 @@ def test_one_of_several_ranks_does_not_go_back_by_itself(monkeypatch):
 
     monkeypatch.setattr(rewinding, "several", lambda: True)
     model = network()
-    with pytest.raises(ValueError, match="'rewind' expects one rank, as each would go back by itself"):
+    with pytest.raises(ValueError, match="'rewind' expects a single rank: each would go back on its own"):
         watch(model, optimizer=torch.optim.Adam(model.parameters()), on_critical="rewind")

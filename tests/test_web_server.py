@@ -205,7 +205,7 @@ def test_whoever_opens_it_to_everyone_is_warned_once(tmp_path, caplog, content, 
         config.write_text(content)
     with caplog.at_level(logging.WARNING):
         start_exporter(Source(fresh()), address, web_config_file=config).close()
-    assert sum("can be read by everyone" in record.getMessage() for record in caplog.records) == warned
+    assert sum("anyone who can reach" in record.getMessage() for record in caplog.records) == warned
 
 
 def test_a_broken_web_config_is_said_before_anything_listens(tmp_path):

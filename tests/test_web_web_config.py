@@ -64,11 +64,11 @@ def test_what_is_accepted_is_accepted_by_promtool_too(folder, content):
     [
         ("a: b: c", "line 1: mapping values are not allowed here"),
         ("basic_auth_users:\n\t- x", "line 2: found character '\\t' that cannot start any token"),
-        ("[1]", "the file: expected keys with values, got list"),
+        ("[1]", "the file: expected a mapping, got list"),
         ("tls_config: {}", "tls_config: no such key"),
         (PAIR + "  cert_fle: x", "tls_server_config.cert_fle: no such key"),
-        (PAIR + "  cert_file: x", "line 4: 'cert_file' stands twice"),
-        ("tls_server_config: yes please", "tls_server_config: expected keys with values, got yes please"),
+        (PAIR + "  cert_file: x", "line 4: 'cert_file' appears twice"),
+        ("tls_server_config: yes please", "tls_server_config: expected a mapping, got yes please"),
         ("tls_server_config:\n  cert_file: server.crt", "tls_server_config.key_file: is missing"),
         ("tls_server_config:\n  key_file: server.key", "tls_server_config.cert_file: is missing"),
         (PAIR.replace("server.crt", "[1]"), "tls_server_config.cert_file: expected text, got list"),
@@ -79,7 +79,7 @@ def test_what_is_accepted_is_accepted_by_promtool_too(folder, content):
         (PAIR.replace("server.key", "."), "tls_server_config.key_file: {folder}: Is a directory"),
         (
             PAIR.replace("server.key", "ca.crt"),
-            "tls_server_config.cert_file: {folder}/server.crt and {folder}/ca.crt are no pair",
+            "tls_server_config.cert_file: {folder}/server.crt and {folder}/ca.crt do not match",
         ),
         (PAIR + "  min_version: SSL3", "tls_server_config.min_version: expected one of TLS10, TLS11, TLS12, TLS13"),
         (PAIR + "  client_auth_type: Sometimes", "tls_server_config.client_auth_type: expected one of NoClientCert"),

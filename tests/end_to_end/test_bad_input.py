@@ -132,5 +132,5 @@ def test_a_textfile_folder_that_is_none_is_said_before_training(tmp_path):
     command = [sys.executable, "-m", "tests.end_to_end.trainer", "--checks", "3", "--textfile-dir", tmp_path / "none"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
-    assert "textfile-dir: expected a folder that can be written" in run.stderr.splitlines()[-1]
+    assert "textfile-dir: expected a writable folder" in run.stderr.splitlines()[-1]
     assert run.stdout == ""

@@ -33,7 +33,7 @@ def test_a_drill_is_seen_at_every_station_and_pages_as_a_drill_only(stack):
         stack.wait_until_scraped(run.url)
         done = drill(stack, run.url)
         assert done.returncode == 0, done.stderr
-        stations = ["Prometheus scraped it", "the rule fired", "Alertmanager took it"]
+        stations = ["Prometheus scraped it", "the rule fired", "Alertmanager received it"]
         times = [float(re.search(rf"^{station} +after ([\d.]+) s$", done.stdout, re.M)[1]) for station in stations]
         assert times == sorted(times)
         assert times[-1] < 30

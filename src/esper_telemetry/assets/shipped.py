@@ -25,7 +25,7 @@ def shipped() -> dict[str, Path]:
     for home in (_INSTALLED, _CHECKOUT):
         if (home / "alerts" / "rules.yml").is_file():
             return {path.relative_to(home).as_posix(): path for path in sorted(_below(home))}
-    raise ValueError(f"expected the files of the wheel in {_INSTALLED}, found none; install esper-telemetry again")
+    raise ValueError(f"expected the files of the wheel in {_INSTALLED}, found none; reinstall esper-telemetry")
 
 
 def _below(home: Path) -> Iterator[Path]:

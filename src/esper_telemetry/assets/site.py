@@ -18,9 +18,9 @@ _LABEL_VALUE = re.compile(rf"(?:{_NAME})?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Hold one's own addresses, and what the cluster asks of manifests.
+    """Hold a site's own addresses, and what its cluster requires of manifests.
 
-    Raise ValueError that begins with the option at fault.
+    Raise a ValueError that begins with the option at fault.
 
     grafana, alertmanager: where links lead.
     runbooks: where the pages are served; None is the files that are written.
@@ -52,7 +52,7 @@ def _check_label(key: str, value: str) -> None:
     if not (_LABEL_KEY.fullmatch(key) and _LABEL_VALUE.fullmatch(value)):
         raise ValueError(f"--label: expected a label such as release=kube-prometheus-stack, got {f'{key}={value}'!r}")
     if key == OWN_LABEL:
-        raise ValueError(f"--label: {OWN_LABEL} is esper-telemetry already")
+        raise ValueError(f"--label: {OWN_LABEL} is already set to esper-telemetry")
 
 
 def _is_url(text: str) -> bool:

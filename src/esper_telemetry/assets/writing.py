@@ -21,7 +21,7 @@ def write(folder: Path, site: Site) -> list[Path]:
     tops = sorted({name.partition("/")[0] for name in files})
     if taken := [top for top in tops if (folder / top).exists()]:
         raise ValueError(
-            f"{folder / taken[0]} exists already and nothing is overwritten; move it away, or name another folder"
+            f"{folder / taken[0]} already exists, and nothing is overwritten; move it, or choose another folder"
         )
     made = _make(folder)
     try:

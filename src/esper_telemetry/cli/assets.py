@@ -1,4 +1,4 @@
-"""`esper assets`: write rules, runbooks, dashboard and manifests with one's own addresses in."""
+"""`esper assets`: write rules, runbooks, dashboard and manifests with your own addresses filled in."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_assets(commands: Commands) -> None:
     command.add_argument(
         "--runbook-url",
         metavar="URL",
-        help="where you serve alerts/runbooks (default: the files that are written)",
+        help="where you serve alerts/runbooks (default: the written files)",
     )
     command.add_argument(
         "--alertmanager-url",

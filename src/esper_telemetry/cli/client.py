@@ -30,7 +30,7 @@ class Client:
 
     Loopback is asked directly, other hosts through the proxy of the environment.
 
-    Raise ValueError that begins with the option at fault.
+    Raise a ValueError that begins with the option at fault.
     """
 
     def __init__(self, urls: Iterable[str], login: Login) -> None:
@@ -38,13 +38,13 @@ class Client:
         if login.user is not None:
             passwords.add_password(None, tuple(urls), login.user, _password(login.password_file))
         elif login.password_file is not None:
-            raise ValueError("--password-file: expected --user beside it")
+            raise ValueError("--password-file: expected --user too")
         context = _trust(login.ca_file)
         self._direct = _opener(context, passwords, urllib.request.ProxyHandler({}))
         self._by_proxy = _opener(context, passwords)
 
     def ask(self, option: str, url: str, method: str = "GET") -> bytes:
-        """Return what the server at `url`, which was given as `option`, answers; raise ValueError where it does not."""
+        """Return the answer of the server at `url`, which `option` gave; raise ValueError if there is none."""
         proxy = _proxy(url)
         by = "" if proxy is None else f" through the proxy {proxy}"
         opener = self._direct if proxy is None else self._by_proxy
@@ -55,10 +55,10 @@ class Client:
                 return body
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace").strip().partition("\n")[0] or error.reason
-            hint = "; --user and --password-file say who asks" if error.code == 401 else ""
+            hint = "; set --user and --password-file" if error.code == 401 else ""
             raise ValueError(f"{option}: {url} answered {error.code}{by}: {reason}{hint}") from None
         except (OSError, ValueError, HTTPException) as error:
-            hint = "; --ca-file names who to trust" if "CERTIFICATE_VERIFY_FAILED" in str(error) else ""
+            hint = "; set --ca-file to trust its CA" if "CERTIFICATE_VERIFY_FAILED" in str(error) else ""
             raise ValueError(
                 f"{option}: expected the URL of a server that answers{by}, got {url!r}: {_reason(error)}{hint}"
             ) from None
@@ -73,7 +73,7 @@ def _opener(
 
 
 def _reason(error: Exception) -> str:
-    """Say what began it: `Connection refused` rather than what urllib made of it."""
+    """Return the root cause: `Connection refused` rather than urllib's wrapping of it."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return reason.strerror or str(reason) if isinstance(reason, OSError) else str(reason) or type(error).__name__
 
@@ -97,9 +97,9 @@ def _trust(ca_file: str | None) -> ssl.SSLContext:
 
 def _password(path: str | None) -> str:
     if path is None:
-        raise ValueError("--user: expected --password-file beside it")
+        raise ValueError("--user: expected --password-file too")
     try:
         return Path(path).read_text("utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ValueError(f"--password-file: expected a file that can be read, got {path!r}: {reason}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ValueError(f"--password-file: expected a readable file, got {path!r}: {reason}") from None

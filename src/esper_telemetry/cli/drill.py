@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ALERTS = {"inf": "EsperInfGradients", "nan": "EsperNaNGradients"}
 _POLL_SECONDS = 0.5
 _DRILL = (
-    "Rehearse a page: make a running exporter, started with --allow-drill, show a made-up value that is labelled as a "
-    "drill; report when Prometheus, the rule and Alertmanager have it; then clear it."
+    "Rehearse a page: make a running exporter, started with --allow-drill, show a made-up value labelled as a drill; "
+    "report when it reaches Prometheus, the rule and Alertmanager; then clear it."
 )
 
 
@@ -81,7 +81,7 @@ def run_drill(asked: Options, client: Client) -> Iterator[Station]:
     stations: list[tuple[str, Callable[[], bool]]] = [
         ("Prometheus scraped it", lambda: _found(asked, client, scraped)),
         ("the rule fired", lambda: _found(asked, client, f'ALERTS{{{labels},alertstate="firing"}}')),
-        ("Alertmanager took it", lambda: _taken(asked, client, labels)),
+        ("Alertmanager received it", lambda: _taken(asked, client, labels)),
     ]
     try:
         for name, reached in stations:
@@ -141,7 +141,7 @@ def _found(asked: Options, client: Client, expression: str) -> bool:
     try:
         return bool(json.loads(client.ask("--prometheus", url))["data"]["result"])
     except (json.JSONDecodeError, LookupError, TypeError):
-        raise ValueError(f"--prometheus: expected the answer of a Prometheus from {url}, got something else") from None
+        raise ValueError(f"--prometheus: expected a Prometheus response from {url}, got something else") from None
 
 
 def _taken(asked: Options, client: Client, labels: str) -> bool:
@@ -150,6 +150,4 @@ def _taken(asked: Options, client: Client, labels: str) -> bool:
     try:
         return bool(json.loads(client.ask("--alertmanager", url)))
     except json.JSONDecodeError:
-        raise ValueError(
-            f"--alertmanager: expected the answer of an Alertmanager from {url}, got something else"
-        ) from None
+        raise ValueError(f"--alertmanager: expected an Alertmanager response from {url}, got something else") from None

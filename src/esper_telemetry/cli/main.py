@@ -34,7 +34,7 @@ def _parser() -> Parser:
         "--print-completion",
         action=Completion,
         choices=("bash", "zsh", "tcsh"),
-        help="print a script that completes `esper` in that shell, and exit",
+        help="print a completion script for that shell and exit",
     )
     commands = parser.add_subparsers(title="commands", required=True, dest="command", metavar="COMMAND")
     add_ppo(commands)

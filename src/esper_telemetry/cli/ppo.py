@@ -38,7 +38,7 @@ def add_ppo(commands: Commands) -> None:
         choices=POLICIES,
         default="continue",
         help="what to do when a check finds more than 5 Inf or NaN elements: go on, skip that optimizer step, "
-        "halt with exit code 3, or put the last good state back when the model is damaged (default: continue)",
+        "halt with exit code 3, or restore the last good state when the model is damaged (default: continue)",
     )
     ppo.add_argument(
         "--rewind-every",
@@ -52,7 +52,7 @@ def add_ppo(commands: Commands) -> None:
         metavar="TIMES",
         type=whole,
         default=3,
-        help="with --on-critical rewind, how often to go back before the run is halted (default: 3)",
+        help="with --on-critical rewind, how many times to go back before the run is halted (default: 3)",
     )
     _add_serving(ppo)
     _add_exports(ppo)
@@ -168,7 +168,8 @@ def _exit_code(summary: Summary) -> int:
         print(f"esper ppo: training died after bad check {summary.first_bad_check}: {summary.died}", file=sys.stderr)
         return EXIT_FAILED
     if summary.missed:
-        print(f"esper ppo: not injected, the run ended before: {', '.join(map(str, summary.missed))}", file=sys.stderr)
+        missed = ", ".join(map(str, summary.missed))
+        print(f"esper ppo: not injected, because the run ended first: {missed}", file=sys.stderr)
         return EXIT_FAILED
     return 0
 

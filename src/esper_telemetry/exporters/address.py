@@ -50,7 +50,7 @@ def listen_nearby(host: str, port: int) -> socket.socket:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-    raise OSError(errno.EADDRINUSE, f"cannot listen on {_shown(host, port)} nor on a port after it: all are in use")
+    raise OSError(errno.EADDRINUSE, f"cannot listen on {_shown(host, port)} or the {_TRIES} ports after it: all in use")
 
 
 def url_of(listener: socket.socket, secure: bool) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("esper_telemetry")
 
 LINGER_SECONDS = 20.0
-"""How long a bad check that nobody has ever scraped keeps the exporter up at exit."""
+"""How long a bad check that was never scraped keeps the exporter up at exit."""
 
 
 class Exporter:
@@ -59,13 +59,13 @@ class Exporter:
         self._announce(source)
 
     def follow(self, source: Source) -> None:
-        """Serve another source from now on; a bad check of the one before that nobody has scraped is logged."""
+        """Serve another source from now on; if the last bad check of the previous one was never scraped, log it."""
         snapshot_of("source", source)
         snapshot = self._routes.snapshot
         if not self._is_delivered():
             logger.warning(
-                "esper: %s shows another run now; nobody has scraped the last bad check of the one before: "
-                "Inf %d, NaN %d in all, first in %s",
+                "esper: %s now serves another run; the last bad check of the previous run was never scraped: "
+                "Inf %d, NaN %d in total, first in %s",
                 *(self.url, snapshot.inf.elements, snapshot.nan.elements, snapshot.origin_layer),
             )
         self._routes.source = source
@@ -73,12 +73,12 @@ class Exporter:
         self._announce(source)
 
     def linger(self, seconds: float | None = None) -> bool:
-        """Wait until the last word was scraped; return whether the last bad check was.
+        """Wait for a last scrape; return whether the last bad check was scraped.
 
-        That is the last bad check, and that the run has ended for those who have scraped it before: each is waited for
-        one and a half of its intervals, 90 s at most. A bad check that nobody ever scraped is waited for 20 s.
+        Each scraper seen so far gets one and a half of its scrape intervals, 90 s at most, to see that the run has
+        ended. A bad check that was never scraped is kept up for 20 s.
 
-        seconds: wait so long at most.
+        seconds: the longest wait.
         """
         limit = math.inf if seconds is None else arguments.seconds("seconds", seconds)
         began = time.monotonic()
@@ -94,7 +94,7 @@ class Exporter:
     def close(self, linger: float | None = None) -> None:
         """Linger, then stop serving and free the port; a second call does nothing. Ctrl-C ends the wait.
 
-        linger: seconds at most, in place of those given to `start_exporter`.
+        linger: the longest wait in seconds, instead of the one given to `start_exporter`.
         """
         most = self._linger_seconds if linger is None else arguments.seconds("linger", linger)
         if self._closed or os.getpid() != self._pid:
@@ -103,26 +103,26 @@ class Exporter:
         try:
             self.linger(most)
         except KeyboardInterrupt:
-            logger.warning("esper: interrupted; %s leaves now", self.url)
+            logger.warning("esper: interrupted; %s stops serving now", self.url)
         finally:
             not_at_exit(self._end)
             self._server.stop()
 
     def _end(self) -> None:
-        """Close as the process ends; a source that nobody has closed has ended well, unless an exception ends it."""
+        """Close at exit; end an open source normally, unless an exception ends the process."""
         end_source = getattr(self._routes.source, "close", None)
         if end_source is not None and not self._closed and os.getpid() == self._pid and _ends_well():
             end_source()
         self.close()
 
     def _announce(self, source: Source) -> None:
-        """Say where its page is to a source that tells the other ranks."""
+        """Give the page's URL to the source, if it tells the other ranks."""
         announce = getattr(source, "announce", None)
         if announce is not None:
             announce(self.url)
 
     def _worth_waiting(self) -> float:
-        """Return the seconds, from the beginning of the wait, for which waiting is worth it; 0 when all is said."""
+        """Return how many seconds, from the start of the wait, are worth waiting; 0 when everything was scraped."""
         waits = self._scrapers.waiting_for_the_end() if self._routes.snapshot.ended else {}
         bad = 0.0 if self._is_delivered() else LINGER_SECONDS
         return max(bad, *waits.values()) if waits else bad
@@ -130,7 +130,7 @@ class Exporter:
     def _say_what_for(self, seconds: float) -> None:
         who = ", ".join(self._scrapers.waiting_for_the_end()) if self._routes.snapshot.ended else ""
         logger.warning(
-            "esper: waiting for %s/metrics to be scraped once more%s, %.3g s at most; Ctrl-C leaves at once",
+            "esper: waiting for %s/metrics to be scraped once more%s, %.3g s at most; Ctrl-C exits at once",
             *(self.url, f" by {who}" if who else "", min(seconds, LONGEST_WAIT)),
         )
 
@@ -149,7 +149,7 @@ class Exporter:
         self._scrapers.note(name, request.port, patient, snapshot)
 
     def _own_samples(self) -> Iterator[Sample]:
-        # There from the start and without a web config too: the first failure of a new series would be no increase.
+        # Present from the start, even without a web config: the first failure of a new series would not be an increase.
         failures = 0 if self._access is None else self._access.reload_failures
         yield Sample(metrics.WEB_CONFIG_RELOAD_FAILURES, (), failures)
 
@@ -165,19 +165,20 @@ def start_exporter(
 ) -> Exporter:
     """Serve `source.snapshot` at `address` and return the exporter.
 
-    An exporter of this process at the same address is replaced. Where the port is somebody else's, the next free one is
-    taken, which is logged as an error.
+    An exporter of this process at the same address is replaced. If another process has the port, the next free one is
+    used, and an error is logged.
 
     source: a GradientMonitor, or anything with a `.snapshot`.
     address: HOST:PORT, :PORT for all addresses, or a port on loopback; port 0 picks a free one. Default:
         ESPER_LISTEN_ADDRESS, or 127.0.0.1:19301 plus the local rank.
-    linger: at exit, seconds to wait at most for a last scrape, see `Exporter.linger`; ESPER_LINGER_SECONDS.
-    allow_drill: let `esper drill`, on this host, show a made-up critical value that is labelled as a drill.
-    web_config_file: TLS and passwords in the format of Prometheus's exporters; followed when it changes.
-    strict: raise OSError where the port is in use.
+    linger: the longest wait for a last scrape at exit, in seconds; see `Exporter.linger`. Default:
+        ESPER_LINGER_SECONDS, or as `Exporter.linger` decides.
+    allow_drill: let `esper drill` on this host show a made-up critical value that is labelled as a drill.
+    web_config_file: TLS and passwords in the format of Prometheus's exporters; reloaded when it changes.
+    strict: raise OSError if the port is in use.
 
-    Raise ValueError when the source, the address or the web config is invalid, OSError when the address cannot
-    be listened on, ImportError when there is a web config and the extra `server` is not installed.
+    Raise ValueError when the source, the address or the web config is invalid, OSError when it is impossible to listen
+    on the address, and ImportError when there is a web config but the extra `server` is not installed.
     """
     snapshot_of("source", source)
     arguments.flag("allow_drill", allow_drill)
@@ -211,7 +212,7 @@ def _listen(host: str, port: int, strict: bool) -> socket.socket:
             raise
         listener = listen_nearby(host, port)
         url = url_of(listener, secure=False).partition("://")[2]
-        logger.error("esper: %s; serving at %s: scrape that, or free the port and start again", error, url)
+        logger.error("esper: %s; serving at %s: scrape that address, or free the port and restart", error, url)
         return listener
 
 
@@ -224,7 +225,7 @@ def _linger_of_environment() -> float | None:
 
 
 def _ends_well() -> bool:
-    """Tell whether the process ends without an exception that nobody handled."""
+    """Tell whether the process ends without an unhandled exception."""
     return getattr(sys, "last_value", None) is None and threading.current_thread() is threading.main_thread()
 
 
@@ -240,7 +241,7 @@ def _access(web_config_file: Path) -> Access:
 def _warn_if_open(listener: socket.socket) -> None:
     if not ip_address(listener.getsockname()[0]).is_loopback:
         logger.warning(
-            "esper: %s can be read by everyone who reaches it; a web config file adds TLS and passwords",
+            "esper: anyone who can reach %s can read it; a web config file adds TLS and passwords",
             url_of(listener, secure=False),
         )
 
@@ -249,7 +250,7 @@ _open: weakref.WeakSet[Exporter] = weakref.WeakSet()
 
 
 def _let_go_in_child() -> None:
-    """Close a forked child's copy of the listening sockets: it neither serves nor holds the port."""
+    """Close a forked child's copies of the listening sockets: it neither serves nor holds the port."""
     for exporter in _open:
         exporter._server.let_go()
     _open.clear()

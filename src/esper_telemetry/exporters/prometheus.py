@@ -22,11 +22,11 @@ Family = CounterMetricFamily | GaugeMetricFamily
 class EsperCollector(Collector):
     """Collect a monitor's snapshot at each scrape.
 
-    In a registry of your own: `REGISTRY.register(EsperCollector(monitor))`. A snapshot that cannot be read gives a
-    page that says so in `esper_exporter_collect_errors_total`, never an exception.
+    In your own registry: `REGISTRY.register(EsperCollector(monitor))`. A snapshot that cannot be read is counted in
+    `esper_exporter_collect_errors_total`; it never raises.
 
-    labels: stand on every series, where neither a scrape nor a resource says whose they are.
-    more: gives samples that are not from the snapshot.
+    labels: added to every series, for when neither a scrape nor a resource identifies the run.
+    more: returns samples that are not from the snapshot.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class EsperCollector(Collector):
         labels: Mapping[str, str] | None = None,
         more: Callable[[], Iterable[Sample]] = tuple,
     ) -> None:
-        if getattr_static(source, "snapshot", None) is None:  # which is read at each scrape, and not before
-            raise ValueError(f"source: expected a monitor, as watch(model) returns it, got {type(source).__name__}")
+        if getattr_static(source, "snapshot", None) is None:  # read at each scrape, not here
+            raise ValueError(f"source: expected a monitor, as returned by watch(model), got {type(source).__name__}")
         self._source = source
         self._labels = labels or {}
         self._more = more
         self._errors = 0
 
     def describe(self) -> Iterable[Family]:
-        """Name the families, so that registering does not collect."""
+        """Return the families without samples, so that registering does not collect."""
         return [_family(metric) for metric in metrics.METRICS]
 
     def collect(self) -> Iterator[Family]:
-        """Build the families anew from the snapshot."""
+        """Build the families from the current snapshot."""
         try:
             families = self._families(chain(read_samples(self._source.snapshot), self._more()))
         except Exception:
@@ -60,7 +60,7 @@ class EsperCollector(Collector):
     def fail(self) -> None:
         """Count the exception at hand, and log it when it is the first."""
         if self._errors == 0:
-            logger.exception("esper: no page could be built; this is counted and not logged again")
+            logger.exception("esper: no page could be built; later failures are counted, not logged")
         self._errors += 1
 
     def _families(self, samples: Iterable[Sample]) -> list[Family]:

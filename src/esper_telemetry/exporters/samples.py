@@ -24,7 +24,7 @@ def snapshot_of(name: str, given: object) -> Snapshot:
     """Read the snapshot of what was given as a monitor; raise ValueError when it has none."""
     snapshot = getattr(given, "snapshot", None)
     if not isinstance(snapshot, Snapshot):
-        raise ValueError(f"{name}: expected a monitor, as watch(model) returns it, got {type(given).__name__}")
+        raise ValueError(f"{name}: expected a monitor, as returned by watch(model), got {type(given).__name__}")
     return snapshot
 
 

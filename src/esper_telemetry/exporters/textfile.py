@@ -1,7 +1,7 @@
-"""A file for node_exporter's textfile collector: it outlives the process, so that even SIGKILL loses nothing.
+"""A file for node_exporter's textfile collector: it outlives the process, so even SIGKILL loses nothing.
 
-Every rank of every run has a file of its own, and its series carry `run_id` and `rank`: node_exporter refuses a series
-that stands in two files, and a restarted run must not overwrite the last words of the one before.
+Every rank of every run has its own file, and its series carry `run_id` and `rank`: node_exporter refuses a series that
+is in two files, and a restarted run must not overwrite the last values of the previous one.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Watched(Protocol):
 class TextfileExporter:
     """Write a monitor's page to a folder until `close()`, or until the process ends.
 
-    A bad check is written at once, in the training thread, before the optimizer steps; a bad check that is no worse
-    than what stands in the file already waits a second at most. Otherwise the file is written every 5 s.
+    A bad check is written at once, in the training thread, before the optimizer steps; one that is no worse than what
+    the file already shows waits a second at most. Otherwise the file is written every 5 s.
     """
 
     def __init__(self, monitor: Watched, directory: str | os.PathLike[str]) -> None:
@@ -74,7 +74,7 @@ class TextfileExporter:
         at_exit(self.close)
 
     def close(self) -> None:
-        """Write the last state, or take the file away when there is nothing bad in it; a second call does nothing."""
+        """Write the last state, or remove the file if nothing in it is bad; a second call does nothing."""
         if self._stopped.is_set() or os.getpid() != self._pid:
             return
         self._stopped.set()
@@ -103,7 +103,7 @@ class TextfileExporter:
             if error.filename2 is not None:  # the folder took the draft; it is the file that cannot be replaced
                 self._say(error)
                 return
-            text = f"textfile-dir: expected a folder that can be written, got {str(self.path.parent)!r}: "
+            text = f"textfile-dir: expected a writable folder, got {str(self.path.parent)!r}: "
             raise OSError(error.errno, text + str(error.strerror)) from None
 
     def _try_to_write(self) -> None:
@@ -118,8 +118,8 @@ class TextfileExporter:
         if not self._failed:
             reason = error.strerror
             if error.filename2 is not None and isinstance(error, PermissionError):
-                reason = "a file of another user stands there"
-            logger.warning("esper: %s cannot be written, and this is not logged again: %s", self.path, reason)
+                reason = "another user owns the file"
+            logger.warning("esper: %s cannot be written: %s (later failures are not logged)", self.path, reason)
         self._failed = True
 
     def _write(self) -> None:
@@ -138,9 +138,9 @@ class TextfileExporter:
 
 
 def start_textfile(monitor: Watched, directory: str | os.PathLike[str]) -> TextfileExporter:
-    """Write the page of a monitor to a file in `directory` for node_exporter, and return the exporter.
+    """Write a monitor's metrics to a file in `directory` for node_exporter, and return the exporter.
 
-    Raise OSError when the folder cannot be written.
+    Raise OSError when the folder cannot be written to.
     """
     return TextfileExporter(monitor, directory)
 
@@ -160,22 +160,22 @@ def _file_name(run: RunInfo) -> str:
 
 
 def _write_for_all(path: Path, page: bytes) -> None:
-    """Write a file that everybody may read; prometheus_client's write_to_textfile leaves that to the umask.
+    """Write a file that everybody may read; prometheus_client's write_to_textfile leaves the mode to the umask.
 
-    Under umask 077 node_exporter would read nothing, and giving the mode after the rename would leave a moment for it
-    to fail in.
+    Under umask 077 node_exporter could not read it, and setting the mode after the rename would leave a moment in which
+    it fails.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with open(os.open(path, flags, 0o644), "wb") as file:
-        with suppress(OSError):  # where a mount decides, it has decided
+        with suppress(OSError):  # some mounts fix the mode
             os.fchmod(file.fileno(), 0o644)
         file.write(page)
 
 
 def _remove_forgotten(folder: Path) -> None:
-    """Remove what killed runs left over an hour ago: it pages no more, and a live file is rewritten every 5 s.
+    """Remove files that killed runs left over an hour ago: they no longer page, and a live one is rewritten every 5 s.
 
-    It is a courtesy: where it fails, another rank was faster, or a file is not ours to remove.
+    A failure does not matter: another rank was faster, or the file is not ours to remove.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

@@ -30,16 +30,15 @@ logger = logging.getLogger("esper_telemetry")
 class EsperCallback(Callback):
     """Check the gradients before each optimizer step, unscaled and not yet clipped, while `fit()` runs.
 
-    A `fit()` that follows goes on counting, at the same address.
+    A later `fit()` continues the counters, at the same address.
 
-    address: where the metrics are served, until the process ends; where the port is somebody else's, at the next free
-        one, which is logged.
+    address: where to serve the metrics until the process ends. If another process has the port, the next free one is
+        used, and an error is logged.
     strict: raise OSError instead.
-    log: give the Trainer's loggers the worst counts since they were given some, and the norm, every
-        `log_every_n_steps`: esper/inf_grad_count, esper/nan_grad_count, esper/grad_norm.
-    keep_last_good: keep the last checkpoint that was saved while the model was known to be intact, when a
-        ModelCheckpoint wants to remove it or to write a damaged one over it, until there is a newer one of that kind.
-        It is for strategies that save one file, and not for shards.
+    log: every `log_every_n_steps`, give the Trainer's loggers the worst counts since the last time, and the norm:
+        esper/inf_grad_count, esper/nan_grad_count, esper/grad_norm.
+    keep_last_good: keep the last checkpoint of an intact model until there is a newer one, even if a ModelCheckpoint
+        wants to remove it or to overwrite it with a damaged one. For strategies that save one file, not for shards.
     on_critical: as in `GradientMonitor`; "halt" drops the step and sets `trainer.should_stop`.
     options: of `GradientMonitor`.
     """
@@ -65,7 +64,7 @@ class EsperCallback(Callback):
         self._to_log: WorstCheck | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch."""
+        """Start watching."""
 
         def stop() -> None:
             trainer.should_stop = True
@@ -85,7 +84,7 @@ class EsperCallback(Callback):
             trainer.strategy.checkpoint_io = KeepingCheckpointIO(trainer.strategy.checkpoint_io, self.monitor)
         self._to_log = WorstCheck(self.monitor) if self._log else None
         if self._log and not trainer.loggers:
-            logger.warning("esper: nothing is logged: log=True expects a Trainer that has a logger")
+            logger.warning("esper: nothing is logged: log=True needs a Trainer with a logger")
 
     def on_before_optimizer_step(self, trainer: Trainer, *_: object) -> None:
         """Check."""
@@ -97,7 +96,7 @@ class EsperCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Report how training goes."""
+        """Report training progress."""
         if self.monitor is None:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
@@ -112,13 +111,13 @@ class EsperCallback(Callback):
         )
 
     def on_train_end(self, trainer: Trainer, *_: object) -> None:
-        """Log what is not logged yet."""
+        """Log what has not been logged yet."""
         if self.monitor is not None:
             self.monitor.flush()
         self._give_to_loggers(trainer)
 
     def on_fit_end(self, *_: object) -> None:
-        """Deliver the last value; not after an exception, for then the run did not end well."""
+        """Deliver the last value; not after an exception, because then the run did not end well."""
         if self.monitor is not None:
             self.monitor.close()
 

@@ -34,7 +34,7 @@ class KeepingCheckpointIO(CheckpointIO):
         """Save, but never what is damaged over what is good."""
         safe, place = self._monitor.safe_to_save(), os.fspath(path)
         if not safe and place == self._good:
-            logger.warning("esper: %s is not written over, as it is the last good one: %s", place, safe.why)
+            logger.warning("esper: %s is not overwritten, because it is the last good checkpoint: %s", place, safe.why)
             return
         self._inner.save_checkpoint(checkpoint, path, storage_options)
         if safe:

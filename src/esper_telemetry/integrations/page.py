@@ -59,20 +59,20 @@ class Page:
 
     @property
     def snapshot(self) -> Snapshot:
-        """Return that of the run which is shown."""
+        """Return the snapshot of the run that is shown."""
         return self.run.monitor.snapshot
 
     def close(self) -> None:
-        """End the run, as the process does that ends well."""
+        """End the run, as a normal end of the process would."""
         self.run.monitor.close()
 
     @property
     def is_open(self) -> bool:
-        """Tell whether this process still serves it: nobody has closed the exporter, and this is no forked child."""
+        """Tell whether this process still serves it: nobody has closed the exporter, and this is not a forked child."""
         return open_exporter(urlsplit(self.exporter.url).netloc) is self.exporter
 
     def is_at(self, address: str) -> bool:
-        """Tell whether it has the port that was asked for."""
+        """Tell whether it has the requested port."""
         return parse_address(address)[1] in (0, urlsplit(self.exporter.url).port)
 
     def show(self, run: Run) -> None:
@@ -81,19 +81,19 @@ class Page:
         if before.monitor is run.monitor:
             return
         if before.died or not before.monitor.snapshot.ended:
-            logger.warning("esper: %s shows the run that begins now; the one before it did not end", self.exporter.url)
+            logger.warning("esper: %s now shows a new run; the previous one did not end", self.exporter.url)
         if not run.carries_on:
             self.exporter.follow(self)  # what was scraped of the run before says nothing of this one
 
 
 _pages: defaultdict[str, list[Page]] = defaultdict(list)
-"""By the address that was asked for, which somebody else may have had."""
+"""By the requested address; the page may be at another one if the port was in use."""
 
 
 def find_page(address: str, last: Exporter | None, strict: bool) -> Page | None:
-    """Return a page that runs at this address have left, and rather the one that was had last.
+    """Return a page left by earlier runs at this address, preferably the last one used.
 
-    strict: return none that is at another port.
+    strict: ignore pages on another port.
     """
     _pages[address] = [page for page in _pages[address] if page.is_open]
     left = [page for page in _pages[address] if page.run.is_over and (page.is_at(address) or not strict)]
@@ -101,28 +101,28 @@ def find_page(address: str, last: Exporter | None, strict: bool) -> Page | None:
 
 
 def make_page(address: str, run: Run, strict: bool) -> Page | None:
-    """Serve a run at an address at which no page is left.
+    """Serve a run on a new page.
 
-    Where another thread's run is shown there, or the port is somebody else's, one line says so and the page is at the
-    next free port. Return None where nothing can be served, which is logged too.
+    If another thread's run is shown at this address, or another process has the port, the page is at the next free
+    port, and one line in the log says so. Return None if nothing can be served; that is logged too.
 
     strict: raise OSError instead.
     """
     host, port = parse_address(address)
     busy = [page.exporter.url for page in _pages[address] if port and not page.run.is_over]
     if busy and strict:
-        raise OSError(errno.EADDRINUSE, f"{busy[0]} shows another run of this process, which still trains")
+        raise OSError(errno.EADDRINUSE, f"{busy[0]} shows another run of this process that is still training")
     page = Page(run)
     try:
         page.exporter = start_exporter(page, _beside(host, port) if busy else address, strict=strict)
     except OSError as error:
         if strict:
             raise
-        logger.error("esper: training goes on without an exporter: %s", error)
+        logger.error("esper: training continues without an exporter: %s", error)
         return None
     if busy:
-        still = "shows another run of this process, which still trains"
-        logger.error("esper: %s %s, so this one is at %s; scrape both", busy[0], still, page.exporter.url)
+        still = "shows another run of this process that is still training"
+        logger.error("esper: %s %s, so this run is at %s; scrape both", busy[0], still, page.exporter.url)
     _pages[address].append(page)
     return page
 

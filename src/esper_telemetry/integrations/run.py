@@ -1,4 +1,4 @@
-"""What the integrations do alike: run after run in one process, and "halt" where a framework stops when it is asked."""
+"""What the integrations share: run after run in one process, and "halt" for frameworks that stop when asked."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _lock = threading.RLock()
 
 
 class Runs:
-    """The runs of one callback: each goes on counting where the one before stopped, and is shown on the same page.
+    """The runs of one callback: each continues the counters of the one before, and is shown on the same page.
 
-    The page goes from callback to callback too, to whoever asks for its address when the run on it is over.
+    Another callback that asks for the address takes the page over when the run on it has ended.
 
-    address: where the page is; None makes none.
-    strict: raise OSError where that very address cannot be had.
+    address: where the page is; None makes no page.
+    strict: raise OSError if exactly that address is not available.
 
-    Raise ValueError when the address is none.
+    Raise ValueError when the address is invalid.
     """
 
     def __init__(self, address: str | int | None, strict: bool) -> None:
@@ -87,7 +87,7 @@ def stopping(on_critical: Policy, stop: Callable[[], None]) -> Policy:
         policy = on_critical(snapshot) if callable(on_critical) else on_critical
         if policy != "halt":
             return policy
-        logger.error("esper: training is asked to stop: %s", GradientsCritical(snapshot))
+        logger.error("esper: asking the trainer to stop: %s", GradientsCritical(snapshot))
         stop()
         return "skip"
 

@@ -13,9 +13,9 @@ logger = logging.getLogger("esper_telemetry")
 
 
 def may_save(monitor: GradientMonitor | None) -> bool:
-    """Tell whether to save now, the same in every process; all of them have to ask, as all of them save.
+    """Tell whether to save now, the same in every process; all of them must ask, because all of them save.
 
-    Where it is no, one line in the log says why.
+    If not, one line in the log says why.
     """
     safe = None if monitor is None else monitor.safe_to_save()
     why = None if safe is None or safe else safe.why
@@ -24,5 +24,5 @@ def may_save(monitor: GradientMonitor | None) -> bool:
         dist.all_gather_object(reasons, why)
         why = next((each for each in reasons if each is not None), None)
     if why is not None:
-        logger.warning("esper: no checkpoint is saved, so that the last good one stays: %s", why)
+        logger.warning("esper: no checkpoint is saved, to keep the last good one: %s", why)
     return why is None

@@ -86,7 +86,7 @@ def _say_what_is_not_seen(algorithm: BaseAlgorithm, has_optimizers: bool) -> Non
         logger.warning("esper: %s trains without an optimizer, so there are no gradients to measure", name)
     elif is_one_of(algorithm, frozenset({"TRPO"})):
         logger.warning(
-            "esper: %s takes the gradients of its policy by torch.autograd.grad, where they cannot be seen; "
-            "those of its value network are measured",
+            "esper: %s computes its policy's gradients with torch.autograd.grad, where they cannot be seen; "
+            "only its value network is measured",
             name,
         )

@@ -1,4 +1,4 @@
-"""Gradients of a GradScaler: scaled, and sometimes overflowed on purpose, which it skips by itself, and goes on."""
+"""Gradients under a GradScaler: scaled, and sometimes overflowing by design; then the scaler skips the step."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from esper_telemetry.scan.scalars import Scalars
 from esper_telemetry.snapshot.amp_state import AmpState
 
 MIN_SCALE = 1.0
-"""Below 1 unscaling itself makes Infs, which the scaler does not look for any more."""
+"""Below 1, unscaling itself makes Infs, after the scaler has looked for them."""
 
 Counts = dict[str, tuple[int, int]]
 """Inf and NaN elements by layer name."""
 
 
 class ScalerWatch:
-    """Follow a GradScaler from check to check, and so tell whether an overflow is explained.
+    """Follow a GradScaler from check to check, to tell whether an overflow is explained.
 
-    An overflow is expected while the scale is at least 1 and it makes no streak of more than `max_skips` skipped
-    steps; before the first step that was taken the scale alone decides, as a new scaler starts far too high on
-    purpose. It is explained only where the skip follows: once it was stepped with, or is gone from the gradients, and
-    nothing was skipped, it counts after all.
+    An overflow is expected while the scale is at least 1 and no more than `max_skips` steps were skipped in a row;
+    before the first step that is taken, the scale alone decides, because a new scaler starts far too high by design. It
+    is explained only if the skip follows: if the optimizer steps with it, or it disappears from the gradients without a
+    skip, it counts after all.
 
-    optimizers: those that the scaler steps; it explains no other's gradients. They also tell which gradients are
-        unscaled already, when several take turns. Without them it is taken to step everything.
+    optimizers: those that the scaler steps; it explains no other gradients. They also tell which gradients are already
+        unscaled, when several take turns. Without them, it is assumed to step everything.
     """
 
     @classmethod
     def of(
         cls, scaler: GradScaler | None, optimizers: Sequence[Optimizer] = (), max_skips: int = 8
     ) -> ScalerWatch | None:
-        """Watch a scaler; one that is None or disabled scales nothing and explains nothing.
+        """Watch a scaler; None or a disabled one scales nothing and explains nothing.
 
-        Raise ValueError when it is no GradScaler, or there is no such limit.
+        Raise ValueError when it is not a GradScaler, or the limit is invalid.
         """
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise ValueError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
@@ -76,13 +76,13 @@ class ScalerWatch:
         arrived: the layers that gradients have reached since the last reading.
         fresh: those of them whose gradient is a new one, and has not been added to what was there.
 
-        Raise RuntimeError while a CUDA graph is captured.
+        Raise RuntimeError during CUDA graph capture.
         """
         scale, tracker = self.scaler._scale, self.scaler._growth_tracker  # state_dict() has both, but waits
         if scale is None or tracker is None:  # nothing was scaled yet
             scale, tracker = torch.tensor(self.scaler.get_scale()), torch.tensor(0)
         if scale.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a scaler cannot be followed while a CUDA graph is captured")
+            raise RuntimeError("a scaler cannot be followed during CUDA graph capture")
         foreign = self._foreign(parameters)
         unscaled = self._unscaled(parameters, frozenset(arrived))
         known = scale.item() if scale.is_cpu else self.state.scale if self.state is not None else MIN_SCALE

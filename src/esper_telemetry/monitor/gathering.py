@@ -80,12 +80,12 @@ class Gathering:
         return self._pauses > 0
 
     def pause(self) -> None:
-        """Take no note of what arrives until `resume()`."""
+        """Ignore what arrives until `resume()`."""
         self._pauses += 1
         self._now = dict
 
     def resume(self) -> None:
-        """Take note again, when each `pause()` has ended."""
+        """Take note again, once every `pause()` has ended."""
         self._pauses = max(0, self._pauses - 1)
         if not self._pauses:
             self._now = self._since_update.now if self._passes is None or self._at_steps else self._passes.now
@@ -93,7 +93,7 @@ class Gathering:
     def gather(self, ended: Pass) -> tuple[Sequence[Tensor], list[Tensor | None]]:
         """Return the model's parameters, and the gradients that may be measured in this thread.
 
-        What another thread's backward pass is writing to, or may be, is not touched: to read it would be a crash.
+        What another thread's backward pass is writing to, or may be, is not touched: reading it would crash.
         """
         parameters = self.watched.parameters()
         self._look_at_ranks()
@@ -134,7 +134,7 @@ class Gathering:
                 if wrappers.stages:
                     self._check_at_steps()
         except Exception:
-            self._fail("how the model is spread over ranks could not be found out")
+            self._fail("how the model is spread over ranks could not be determined")
 
     def _check_at_steps(self) -> None:
         """Make one check before each step: a pipeline makes many passes for it, and some of them go by all hooks."""
@@ -154,7 +154,7 @@ class Gathering:
             if tag.own is not None and parameter.grad is not None and not self._pauses:
                 tag.own.append(self._measure(parameter.grad))
         except Exception:
-            self._fail("a gradient could not be looked at as it arrived")
+            self._fail("a gradient could not be measured as it arrived")
 
     def _arrive(self, tag: Tag, parameter: Tensor) -> None:
         if tag.reduced:
@@ -167,7 +167,7 @@ class Gathering:
                 seen = id(gradient), gradient._version, None
             self._now()[tag] = seen
         except Exception:
-            self._fail("a gradient could not be looked at as it arrived")
+            self._fail("a gradient could not be measured as it arrived")
 
     def _is_alone(self, ended: Pass) -> bool:
         if len(self._threads) > 1:
@@ -187,7 +187,7 @@ class Gathering:
 def _retag(layers: Iterable[tuple[Tag, Tensor, Tensor | None]], ended: Pass) -> None:
     """Tag again what has a gradient that was not seen to arrive, and is trained by this thread.
 
-    Of another thread it may be arriving right now, and a hook that is replaced while torch runs it is a crash.
+    Of another thread it may be arriving right now, and replacing a hook while torch runs it would crash.
     """
     me = threading.get_ident()
     for tag, parameter, gradient in layers:

@@ -37,11 +37,11 @@ class Latest:
             self.snapshot = self.snapshot.but(unmonitored_steps=self.snapshot.unmonitored_steps + 1)
 
     def read(self) -> Snapshot:
-        """Return it."""
+        """Return the newest snapshot."""
         return self.snapshot
 
     def take_ranks(self, ranks: Ranks) -> bool:
-        """Put in what is known of the ranks; not while somebody else is changing it, as training never waits for that.
+        """Store what is known of the ranks, unless another thread is changing the snapshot; training never waits.
 
         Return whether it was put in.
         """
@@ -67,6 +67,6 @@ class Latest:
     def fail(self, what: str) -> None:
         """Count the exception at hand, and log it when it is the first: training goes on."""
         if self.snapshot.monitor_errors == 0:
-            logger.exception("esper: %s; training goes on, and this is counted and not logged again", what)
+            logger.exception("esper: %s; training continues; later failures are counted, not logged", what)
         with self.lock:
             self.snapshot = self.snapshot.but(monitor_errors=self.snapshot.monitor_errors + 1)

@@ -49,41 +49,41 @@ class GradientMonitor(Told, UntilClosed):
 
     model: a Module, or a dict name -> Module or leaf tensor, whose names become prefixes of the layer names. Modules
         are not kept alive.
-    optimizer: one or several, needed by `on_critical="skip"`.
-    scaler: the GradScaler of the loop. Counts and norms are then of what the optimizer would see: overflows that the
-        scaler handles are skipped updates and not bad checks, until they stop being explained: by the scale falling
-        below 1, by a streak of more than max_amp_skips, or by a skip that does not come. Give it the optimizers that
-        the scaler steps, all of them: what they do not step counts in full.
-    max_amp_skips: steps in a row that the scaler may skip, once it has taken one.
-    heads: head -> name of its module, or a list of names (`{"policy": "action_net", "value": "value_net"}`): each has
-        a norm of its own in `snapshot.heads`, and remembers until the end of the run what was found in it.
-    on_critical: what to do when a check finds more than 5 elements of one kind. "continue"; "skip": the optimizer
-        steps until the next check change neither parameters nor optimizer state; "halt": raise GradientsCritical
-        from the call that measured; or a callable that is given the snapshot and returns one of these or None. What
-        the callable raises reaches the training loop. Several ranks vote before the step, by the run's exact counts,
-        and all of them act: see `docs/ranks.md`. That is a collective, of a group that is made here. A callable is
-        asked on every rank, and the strongest answer is done by all; where ranks do not come together VoteFailed is
-        raised, and no step taken.
-        "rewind": keep the last good state of parameters, buffers and optimizers in host memory, and put it back when
-        they are damaged; docs/verdict.md says what is put back and what goes on.
-    rewind_every, max_rewinds: good checks between two copies, and how often a run goes back before it halts.
-    patience: do it only after that many critical checks in a row, and from then on until a check is not critical.
+    optimizer: one or several; `on_critical="skip"` and `"rewind"` need it.
+    scaler: the GradScaler of the loop. Counts and norms are then what the optimizer would see: overflows that the
+        scaler handles are skipped updates, not bad checks, as long as they can be explained. They no longer can when
+        the scale falls below 1, after a streak of more than max_amp_skips, or when the expected skip does not come.
+        Pass all the optimizers that the scaler steps: what they do not step counts in full.
+    max_amp_skips: how many steps in a row the scaler may skip, once it has taken one.
+    heads: head -> name of its module, or a list of names (`{"policy": "action_net", "value": "value_net"}`). Each head
+        has its own norm in `snapshot.heads`, and remembers until the end of the run what was found in it.
+    on_critical: what to do when a check finds more than 5 elements of one kind. "continue": nothing. "skip": the
+        optimizer steps until the next check change neither parameters nor optimizer state. "halt": raise
+        GradientsCritical from the call that measured. "rewind": keep the last good state of parameters, buffers and
+        optimizers in host memory, and restore it when they are damaged; docs/verdict.md lists what is restored. A
+        callable: it gets the snapshot and returns "continue", "skip", "halt" or None; what it raises reaches the
+        training loop. Several ranks vote before the step on the run's exact counts, and all act alike: a collective,
+        in a process group that is created here. A callable is asked on every rank, and all ranks do the strongest
+        answer. Where ranks do not meet in time, VoteFailed is raised and no step is taken; see docs/ranks.md.
+    patience: act only after this many critical checks in a row, and then until a check is not critical.
+    rewind_every, max_rewinds: good checks between two copies, and how many times a run goes back before it halts.
     statistics_every: checks between two looks for dead and exploding layers; what is found is looked at again in the
         checks that follow.
-    trap: after a bad check, hook the modules for the next passes, 16 at most, to find where trouble begins.
+    trap: whether to hook the modules for up to 16 passes after a bad check, to find where the trouble begins.
     damage_every: checks between two looks at parameters, buffers and optimizer state while all is well; after a bad
-        check there is one per check. `snapshot.damage` says what was found.
+        check there is one per check. `snapshot.damage` has the result.
     recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
-    before_check: called with the number of the check to come; for fault injection.
-    record_dir: a folder; the first bad check of each episode of trouble is recorded in a file there, before the
+    before_check: called with the number of the coming check; for fault injection.
+    record_dir: a folder. The first bad check of each episode of trouble is recorded in a file there, before the
         optimizer steps: the checks before it, and where the bad elements are. `esper report FILE` shows it. Set
         `batch_id` before the backward pass to have it recorded too.
-    run_id: names the run, as its string; without it ESPER_RUN_ID or the launcher's, else it is made up.
-    attribution: of several ranks, whether what this one's own backward makes is measured too, before the reduction.
-    replicas: where the same plain parameters are on several ranks and no wrapper of torch says so, their process
-        group, or a function from a layer's name and parameter to one or None: counted is what its first rank holds.
+    run_id: the name of the run, converted to a string. Default: ESPER_RUN_ID, or the launcher's, else a made-up one.
+    attribution: with several ranks, whether to measure also what this rank's own backward pass makes, before the
+        reduction.
+    replicas: if several ranks hold the same plain parameters and no wrapper of torch says so, their process group, or
+        a function from a layer's name and parameter to a group or None. Only the group's first rank counts them.
 
-    Raise ValueError when an argument is not one of these, and OSError when the folder cannot be written.
+    Raise ValueError when an argument is invalid, and OSError when the folder cannot be written to.
     """
 
     _watching = True
@@ -141,7 +141,7 @@ class GradientMonitor(Told, UntilClosed):
 
     @property
     def snapshot(self) -> Snapshot:
-        """Return what the last check found whose result is there; never wait."""
+        """Return the result of the last check whose result has arrived; never wait."""
         if self._checks.pending or self._progress.pending:
             self._latest.try_to(self._checks.settle, self._progress.take_in)
         return self._latest.snapshot
@@ -149,18 +149,18 @@ class GradientMonitor(Told, UntilClosed):
     def update(self, *, scaler: GradScaler | None = None) -> Snapshot:
         """Measure every `.grad` now and return the new snapshot.
 
-        scaler: the GradScaler of the loop, where it was not given before. `unscale_()` may come before or after.
+        scaler: the GradScaler of the loop, if it was not given before. `unscale_()` may come before or after.
 
-        Gradients on CUDA devices are measured in the order of the stream, without a wait: a result is published by
-        the first later `update()`, `snapshot` or `flush()` that finds it there, and listeners are told by `update()`
-        and `flush()`. An `on_critical` other than "continue" needs the answer before the optimizer steps, and waits.
+        Gradients on CUDA devices are measured in stream order, without waiting: the first later `update()`,
+        `snapshot` or `flush()` that finds the result publishes it, and `update()` and `flush()` tell the listeners.
+        An `on_critical` other than "continue" needs the result before the optimizer steps, and waits for it.
 
-        Raise only GradientsCritical, when `on_critical` says "halt", and what a callable `on_critical` raises; and
-        ValueError for a scaler that is none or not the one that is followed already.
+        Raise only GradientsCritical and VoteFailed, as `on_critical` asks, what a callable `on_critical` raises, and
+        ValueError for a scaler that is not a GradScaler or not the one that is already followed.
         """
         if scaler is not None and (self._checks.amp is None or scaler is not self._checks.amp.scaler):
             if self._checks.amp is not None:
-                raise ValueError("scaler: expected the GradScaler that this monitor follows already, got another")
+                raise ValueError("scaler: expected the GradScaler that this monitor already follows, got another")
             self._checks.amp = self._watch_scaler(scaler)
         return self._check(self._gathering.take(), self._checks.scan)
 
@@ -169,8 +169,8 @@ class GradientMonitor(Told, UntilClosed):
     ) -> Tensor:
         """Measure and clip with one norm pass; return what `torch.nn.utils.clip_grad_norm_` returns.
 
-        Call it in place of `update()` and torch's function, whose arguments it takes: the gradients come out bit-equal
-        to torch's. A monitor that measures by itself has done so already, and then this only clips.
+        Call it in place of `update()` and torch's function; it takes the same arguments, and the clipped gradients are
+        bit-equal to torch's. A monitor from `watch()` has already measured, so there this only clips.
         """
         shared = ClipScan(self._checks.scan)
         if not self._gathering.follows_passes:
@@ -178,38 +178,38 @@ class GradientMonitor(Told, UntilClosed):
         return shared.clip(self._gathering.watched.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
 
     def check_after_backward(self) -> None:
-        """Call `update()` by itself at the end of each backward pass, from now on."""
+        """Measure automatically at the end of each backward pass, from now on."""
         self._gathering.follow_passes(lambda ended: self._check(ended, self._checks.scan))
 
     def safe_to_save(self) -> Safety:
         """Tell whether a checkpoint is worth keeping now, true or false, with the reason in `.why`.
 
-        False from a bad check until parameters, buffers and optimizer state were seen intact. Where results of checks
-        are on a device it waits for them, as saving does.
+        False from a bad check until parameters, buffers and optimizer state were seen intact. Waits for results that
+        are still on a device, as saving does.
         """
         self.flush()
         return self._verdict.safe_to_save()
 
     def pause(self) -> AbstractContextManager[object]:
-        """Make no checks until `resume()`, or the end of the `with` block: for passes that are not training."""
+        """Make no checks until `resume()` or the end of the `with` block, for passes that are not training."""
         self._gathering.pause()
         until = ExitStack()
         until.callback(self.resume)
         return until
 
     def resume(self) -> None:
-        """Make checks again, once for each `pause()`."""
+        """Make checks again, once every `pause()` has its `resume()`."""
         self._gathering.resume()
 
     def on_check(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with each new snapshot in the training thread; return a function that ends that.
+        """Call `listener` with each new snapshot, in the training thread; return a function that stops this.
 
-        What a listener raises is logged once and counted, never passed on.
+        An exception in a listener is logged once and counted, never passed on.
         """
         return self._listeners.add(listener)
 
     def flush(self, timeout: float = 10.0) -> None:
-        """Wait for results that are still on a device, at most `timeout` seconds, and tell the listeners."""
+        """Wait at most `timeout` seconds for results that are still on a device, and tell the listeners."""
         self._listeners.tell(self._checks.flush(arguments.seconds("timeout", timeout)))
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ class GradientMonitor(Told, UntilClosed):
         return self._latest.snapshot
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Check before a step whose gradients arrived where nobody looked: late, but not never."""
+        """Check before a step whose gradients were not seen as they arrived: late, but better than never."""
         self._verdict.stepped(optimizer)
         if self._checks.is_unchecked(optimizer, self._gathering):
             self._check(self._gathering.take_late(), self._checks.scan)

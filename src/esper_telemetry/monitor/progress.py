@@ -1,4 +1,4 @@
-"""Take in what the loop tells of its progress, without waiting for a device."""
+"""Take in what the loop reports of its progress, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST = 16  # of a loss that is still on its device; who reads is behind by no m
 
 
 class Progress:
-    """Put what the loop tells into the snapshot; what is a tensor on a device is known when it has arrived."""
+    """Put what the loop reports into the snapshot; a tensor on a device follows when it has arrived."""
 
     def __init__(self, latest: Latest) -> None:
         self._latest = latest
@@ -27,12 +27,12 @@ class Progress:
         return bool(self._on_the_way)
 
     def tell(self, **told: Any) -> None:
-        """Take in what was told; what is no number is counted as an error, and never raised."""
+        """Take in what was reported; anything but a number is counted as an error, never raised."""
         try:
             with self._latest.lock:
                 self._tell(told)
         except Exception:
-            self._latest.fail("what record() was given could not be taken")
+            self._latest.fail("the values given to record() could not be used")
 
     def take_in(self) -> None:
         """Take in what has arrived meanwhile."""
@@ -45,7 +45,7 @@ class Progress:
         tensors = {name: value.detach() for name, value in told.items() if isinstance(value, Tensor)}
         for name, tensor in tensors.items():
             if tensor.numel() != 1:
-                raise ValueError(f"record: expected for {name} one number, got a tensor of shape {tuple(tensor.shape)}")
+                raise ValueError(f"record: expected one number for {name}, got a tensor of shape {tuple(tensor.shape)}")
         if not tensors:
             self._publish(told)
             return

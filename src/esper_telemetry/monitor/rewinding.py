@@ -1,4 +1,4 @@
-"""The verdict of a monitor, and `on_critical="rewind"`: refused where it cannot work, else decided by the verdict."""
+"""The verdict of a monitor, and `on_critical="rewind"`: refused if it cannot work, else decided by the verdict."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def with_rewind(
 ) -> Policy:
     """Return the policy of a reaction: "rewind" is decided check by check.
 
-    Raise ValueError where the state could not be put back.
+    Raise ValueError when the state could not be put back.
     """
     if not (isinstance(on_critical, str) and on_critical == "rewind"):
         return on_critical
     if several():
-        raise ValueError("on_critical: 'rewind' expects one rank, as each would go back by itself; use 'skip'")
+        raise ValueError("on_critical: 'rewind' expects a single rank: each would go back on its own; use 'skip'")
     check_can_drop(optimizers, "rewind")
     return decide
 

@@ -16,7 +16,7 @@ from esper_telemetry.scan.layers import parameters_of
 logger = logging.getLogger("esper_telemetry")
 
 _VALUES = (bool, int, float, str, tuple, type(None))
-"""What an optimizer counts with beside its tensors."""
+"""What an optimizer counts with besides its tensors."""
 
 
 def one_or_several(optimizer: Any) -> list[Any]:
@@ -29,7 +29,7 @@ def one_or_several(optimizer: Any) -> list[Any]:
 def list_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
     """List the optimizers, and see through wrappers such as those of Accelerate and Lightning.
 
-    Raise ValueError when one is none.
+    Raise ValueError when one is not an optimizer.
     """
     given = [getattr(each, "optimizer", each) for each in one_or_several(optimizer)]
     for each in given:
@@ -39,7 +39,7 @@ def list_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[O
 
 
 def check_can_drop(optimizers: Sequence[Optimizer], policy: str = "skip") -> None:
-    """Raise ValueError when there is no optimizer whose steps can be dropped, or one whose steps cannot."""
+    """Raise ValueError when there is no optimizer, or one whose steps cannot be dropped."""
     if not optimizers:
         raise ValueError(f"on_critical: {policy!r} expects optimizer=, whose steps it drops, and none was given")
     for each in optimizers:
@@ -53,13 +53,13 @@ def check_can_drop(optimizers: Sequence[Optimizer], policy: str = "skip") -> Non
             raise ValueError(f"on_critical: {policy!r} cannot drop {name}.{others[0]}(); expected {instead}")
         if inner:
             logger.warning(
-                "esper: on_critical=%r drops the gradients of %s; what it does to parameters beside its %s goes on",
+                "esper: on_critical=%r drops the gradients of %s; what it does to parameters outside its %s continues",
                 *(policy, name, inner),
             )
 
 
 def check_can_vote(optimizers: Sequence[Optimizer], roots: Iterable[object]) -> None:
-    """Raise ValueError when there is an optimizer before whose update ranks cannot come together."""
+    """Raise ValueError when ranks cannot vote before the update of one of the optimizers."""
     if any(map(is_engine, roots)):
         raise ValueError(
             "on_critical: DeepSpeed steps copies of the parameters, and skips by itself; expected 'continue'"

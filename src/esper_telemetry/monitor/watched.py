@@ -1,4 +1,4 @@
-"""What is watched: the parameters that a model has now, whatever becomes of it while it is trained."""
+"""What is watched: the parameters that a model has now, however it changes during training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Watched:
     names, tags: of the layers, as listed.
     wrapped: whether a DistributedDataParallel was put around something since this was last set to False.
 
-    Raise ValueError when the model is none, or has parameters that have no shape yet.
+    Raise ValueError when it is not a model, or has parameters without a shape yet.
     """
 
     def __init__(self, model: Model, arrive: Arrive) -> None:
@@ -53,7 +53,7 @@ class Watched:
         _follow_registrations(self)
 
     def refresh(self) -> None:
-        """List the parameters anew where torch has told of a change."""
+        """List the parameters again if torch has reported a change."""
         if self._changed:
             self._relist()
 
@@ -186,4 +186,4 @@ def _warn(layers: Sequence[Layer], arrive: Arrive) -> None:
     if not any(layer.parameter.requires_grad for layer in layers):
         logger.warning("esper: nothing is measured: none of the model's %d parameters is trainable", len(layers))
     if any(has_other_monitor(layer.parameter, arrive) for layer in layers):
-        logger.warning("esper: this model is watched already; each monitor measures by itself until its close()")
+        logger.warning("esper: this model is already watched; each monitor measures separately until its close()")

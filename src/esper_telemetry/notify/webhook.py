@@ -1,4 +1,4 @@
-"""Post a run's alerts to a webhook, where there is no Prometheus."""
+"""Post a run's alerts to a webhook, without Prometheus."""
 
 from __future__ import annotations
 
@@ -41,15 +41,14 @@ class Watched(Protocol):
 class Webhook:
     """Post a run's alerts until `close()`, until its monitor is closed, or until the process ends.
 
-    One thread posts: at once after a bad check, and when a whole recent window was clean. There is no queue: a post
-    that fails is tried again after 1, 2, 4 and so on up to 30 s, with what is true by then. A forked child posts
-    nothing.
+    One thread posts: at once after a bad check, and when a whole recent window was clean. There is no queue: a failed
+    post is retried after 1, 2, 4 and so on up to 30 s, with the state at that time. A forked child posts nothing.
     """
 
     def __init__(self, monitor: Watched, url: str, deadline: float) -> None:
         self._target = checked_url(url)
         if not callable(getattr(monitor, "on_check", None)):
-            raise TypeError(f"monitor: expected what watch() returns, got {type(monitor).__name__}")
+            raise TypeError(f"monitor: expected a monitor, as returned by watch(model), got {type(monitor).__name__}")
         self.url = without_secrets(url)
         self.failures = 0
         self._to_alertmanager = self.url.endswith(_ALERTMANAGER)
@@ -69,7 +68,7 @@ class Webhook:
         at_exit(self.close)
 
     def close(self) -> None:
-        """Post what the receiver has yet to hear, and wait for that until the deadline at most; once."""
+        """Post what the receiver does not know yet, and wait until the deadline at most; a second call does nothing."""
         if self._closed or os.getpid() != self._pid:
             return
         if self._deadline is None:  # else a signal interrupts the first call: wait here
@@ -95,13 +94,13 @@ class Webhook:
         while self._deadline is None and not (snapshot := self._monitor.snapshot).ended:
             self._alerts.see(snapshot, time.monotonic(), time.time())
             pause = 0.0 if self._deliver(_REQUEST_SECONDS) else min(max(2 * pause, 1.0), _LONGEST_PAUSE_SECONDS)
-            if pause or rung:  # checks that go on being bad are looked at once a second
+            if pause or rung:  # while checks stay bad, look once a second
                 self._stop.wait(pause or _LOOK_SECONDS)
             rung = not pause and self._news.wait(_LOOK_SECONDS)
         self._finish()
 
     def _finish(self) -> None:
-        """Say the last word, in as many posts as the deadline allows."""
+        """Deliver the last state, in as many posts as the deadline allows."""
         deadline = self._deadline or time.monotonic() + self._deadline_seconds
         snapshot = self._monitor.snapshot
         self._alerts.see(snapshot, time.monotonic(), time.time())
@@ -111,7 +110,7 @@ class Webhook:
                 time.sleep(min(0.5, max(deadline - time.monotonic(), 0.0)))
 
     def _deliver(self, timeout: float) -> bool:
-        """Post what the receiver has yet to hear; return whether it knows everything now."""
+        """Post what the receiver does not know yet; return whether it knows everything now."""
         again = self._to_alertmanager and self._alerts.firing() and self._is_old()
         if not (self._alerts.pending() or again):
             return True
@@ -136,17 +135,18 @@ class Webhook:
         self._trouble = reason
         self.failures += 1
         if self.failures == 1:
-            logger.warning("esper: a post to %s failed; this is not logged again: %s", self.url, reason)
+            logger.warning("esper: a post to %s failed: %s (later failures are not logged)", self.url, reason)
 
 
 def webhook(monitor: Watched, url: str, *, deadline: float = 5.0) -> Webhook:
-    """Post the alerts of `monitor` to `url` as Alertmanager would, and return what posts.
+    """Post the alerts of `monitor` to `url` as Alertmanager would, and return the Webhook that does it.
 
-    A webhook is given version 4 of Alertmanager's format. A URL that ends in /api/v2/alerts is Alertmanager's own: it
-    is given what Prometheus would post there.
-    url: http or https; a user and a password in it are sent as basic authentication.
-    deadline: seconds that the last posts may take at exit.
+    A webhook gets version 4 of Alertmanager's format. A URL that ends in /api/v2/alerts is Alertmanager itself: it gets
+    what Prometheus would post there.
 
-    Raise ValueError when the URL is not one, and TypeError when the monitor is not one.
+    url: http or https; a user and password in it are sent as basic authentication.
+    deadline: how many seconds the last posts may take at exit.
+
+    Raise ValueError when the URL is invalid, and TypeError when `monitor` is not a monitor.
     """
     return Webhook(monitor, url, deadline)

@@ -33,18 +33,19 @@ def run_info(run_id: object = None, before: RunInfo | None = None) -> RunInfo:
     """Name the run, and this process in it.
 
     Each number comes from the first that says it: ESPER_RANK, ESPER_WORLD_SIZE and ESPER_LOCAL_RANK; torch.distributed
-    once it is initialised; the variables of torchrun, of Slurm inside a job step, of Open MPI, of PMI. Where nobody
-    says anything it is rank 0 of 1. A local rank that nobody says is the rank.
-    run_id: anything, taken as its string; see `given_run_id`. Without one it is made up, by all ranks together.
+    once it is initialised; the variables of torchrun, of Slurm inside a job step, of Open MPI, of PMI. If nothing
+    says otherwise, it is rank 0 of 1. A local rank that is not given is the rank.
+
+    run_id: anything, converted to a string; see `given_run_id`. Without one, all ranks make one up together.
     before: what was known before torch.distributed was initialised.
 
-    Raise ValueError when one of these cannot be taken.
+    Raise ValueError when one of these is invalid.
     """
     said = _variables()
     rank = _number(said, "ESPER_RANK", "get_rank", _RANK) or _Number(0, "rank")
     world_size = _number(said, "ESPER_WORLD_SIZE", "get_world_size", _WORLD_SIZE, at_least=1)
     if rank.value >= (1 if world_size is None else world_size.value):
-        size = "a world size beside it" if world_size is None else f"less than {world_size.source}={world_size.value}"
+        size = "a world size too" if world_size is None else f"less than {world_size.source}={world_size.value}"
         raise ValueError(f"{rank.source}: expected {size}, got {rank.value}")
     return RunInfo(
         run_id=given_run_id(run_id) or made_up(None if before is None else before.run_id),
@@ -58,7 +59,7 @@ def run_info(run_id: object = None, before: RunInfo | None = None) -> RunInfo:
 
 
 def given_run_id(run_id: object = None) -> str | None:
-    """Return the run's name as somebody gave it, the same on all ranks, or None where nobody did.
+    """Return the run's given name, the same on all ranks, or None if it has none.
 
     It is the argument, ESPER_RUN_ID, torchrun's unless that is "none", or the number of the Slurm job.
 

@@ -104,7 +104,7 @@ class RankRows:
         except (RuntimeError, OSError) as error:  # the store is gone, as at the end of a job, or was never reached
             self._lose(error, snapshot)
         except Exception:
-            self._fail("what ranks know of each other could not be exchanged")
+            self._fail("ranks could not exchange what they know")
         if self._leaving or (ended and self._is_over()):
             return None
         return BEAT_SECONDS if self._link is None or self._link.reader is None else POLL_SECONDS
@@ -116,7 +116,7 @@ class RankRows:
             self._publish(Ranks.unknown(known.expected, known.recent.seconds))
         if not self._said:
             self._said = True
-            logger.info("esper: the job's store is out of reach, and ranks do not hear of each other: %s", error)
+            logger.info("esper: the job's store is unreachable, so ranks do not hear from each other: %s", error)
 
     def _is_over(self) -> bool:
         """Tell whether nobody has anything to say or to hear any more."""

@@ -25,5 +25,5 @@ def made_up(mine: str | None = None) -> str:
         named: bytes = dist.PrefixStore("esper", store).compare_set("run_id", "", mine)
         return named.decode()
     except Exception as error:
-        logger.warning("esper: each rank has a run_id of its own: the job's store could not be asked: %r", error)
+        logger.warning("esper: each rank has its own run_id, because the job's store could not be reached: %r", error)
         return mine

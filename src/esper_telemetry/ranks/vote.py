@@ -16,7 +16,7 @@ _AGE = 4096
 
 
 class VoteFailed(RuntimeError):
-    """Stop this rank: what all ranks would do before a step could not be agreed on, so none of them may take it."""
+    """Training was stopped: the ranks could not agree on what to do before a step, so none of them may take it."""
 
 
 class Found(NamedTuple):
@@ -40,7 +40,7 @@ class Vote:
         except Exception as error:
             raise VoteFailed(
                 "on_critical: expected every rank of the job to make this monitor with an on_critical other than "
-                f"'continue', and they did not come together in {SECONDS:.0f} s: {error}"
+                f"'continue', but not all did within {SECONDS:.0f} s: {error}"
             ) from error
 
     def add_up(self, found: Found, check: int) -> Found:
@@ -51,9 +51,7 @@ class Vote:
         age = check % _AGE  # its square is summed over ranks, and has to fit
         *total, ages, squares = self._reduce([*found, age, age * age], dist.ReduceOp.SUM)
         if dist.get_world_size() * squares != ages * ages:  # the variance is 0 only where all are the same
-            raise VoteFailed(
-                f"ranks are at different checks, this one at {check}: a step of theirs cannot be agreed on"
-            )
+            raise VoteFailed(f"ranks are at different checks (this one at {check}), so they cannot agree on a step")
         return Found(*total)
 
     def strongest(self, wish: int) -> int:
@@ -62,11 +60,11 @@ class Vote:
 
     def _reduce(self, numbers: list[int], how: Any) -> list[int]:
         if self._failed:  # what came late may have gone through elsewhere: nothing that follows would be in step
-            raise VoteFailed("an earlier vote of the ranks has failed")
+            raise VoteFailed("an earlier vote of the ranks failed")
         said = torch.tensor(numbers, dtype=torch.int64)
         try:
             dist.all_reduce(said, how, group=self._group)
         except Exception as error:
             self._failed = True
-            raise VoteFailed(f"a rank is gone, or did not come to this step in {SECONDS:.0f} s: {error}") from error
+            raise VoteFailed(f"a rank is gone, or did not reach this step within {SECONDS:.0f} s: {error}") from error
         return list(map(int, said.tolist()))

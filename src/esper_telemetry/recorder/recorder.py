@@ -87,8 +87,8 @@ _UNKNOWN = _Moment(None, (), (), {})
 class FlightRecorder:
     """Write a recording at the first bad check of each episode of trouble; an episode ends after 32 good checks.
 
-    The training thread waits for the file, as the process may die in the next step, but never over a second: then the
-    file is finished behind its back. A run makes 20 recordings at most, and a folder keeps the newest 200.
+    The training thread waits for the file, because the process may die in the next step, but a second at most: after
+    that, the file is finished in the background. A run makes 20 recordings at most, and a folder keeps the newest 200.
 
     optimizers: whose learning rates are recorded; they are not kept alive.
     on_failure: called with what went wrong when a file cannot be written, while that exception is handled.
@@ -118,7 +118,7 @@ class FlightRecorder:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
-            text = f"record_dir: expected a folder that can be written, got {str(directory)!r}: {error.strerror}"
+            text = f"record_dir: expected a writable folder, got {str(directory)!r}: {error.strerror}"
             raise OSError(error.errno, text) from None
 
     def note(
@@ -130,7 +130,7 @@ class FlightRecorder:
         gradients: Sequence[Tensor | None],
         snapshot: Snapshot,
     ) -> None:
-        """Take down what will be gone when the result of this check is told.
+        """Note what will be gone by the time the result of this check is known.
 
         snapshot: the newest; only where it is of this check are its bad layers known while the gradients are there.
         """
@@ -241,7 +241,7 @@ class FlightRecorder:
 
     def _record(self, recording: Recording) -> None:
         if self._writer is not None and self._writer.is_alive():
-            raise TimeoutError(f"the recording before this one is still on its way to {self._folder}")
+            raise TimeoutError(f"the previous recording is still being written to {self._folder}")
         self._writer = threading.Thread(target=self._write, args=(recording,), name="esper-recorder", daemon=True)
         self._writer.start()
         self._writer.join(_WAIT_SECONDS)

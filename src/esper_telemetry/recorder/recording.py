@@ -105,7 +105,7 @@ class Recording:
     cause: str | None = None
 
     def write(self, path: Path) -> None:
-        """Write the recording as a whole or not at all, and see it onto the disk."""
+        """Write the recording as a whole or not at all, and sync it to disk."""
         page = {"format": FORMAT, "version": VERSION, **_encoded(asdict(self))}
         draft = path.with_name(path.name + ".tmp")
         try:
@@ -123,12 +123,12 @@ def read_recording(path: Path) -> Recording:
     """Read a recording; raise ValueError when the file is not one, and OSError when it cannot be read."""
     try:
         if path.stat().st_size > _LARGEST:
-            raise ValueError("it is far too large")
+            raise ValueError("it is too large")
         page = json.loads(path.read_text("utf-8"))
         if not isinstance(page, dict) or page.get("format") != FORMAT:
-            raise ValueError("it does not say so")
+            raise ValueError("it is another kind of file")
         if page.get("version") != VERSION:
-            raise ValueError(f"it has version {page.get('version')!r}, and this can read {VERSION}")
+            raise ValueError(f"it has version {page.get('version')!r}, and only {VERSION} can be read")
         return _recording(page)
     except KeyError as error:
         reason = f"it has no {error}"
@@ -151,7 +151,7 @@ def _recording(page: Mapping[str, Any]) -> Recording:
     if not recording.history:
         raise ValueError("its history is empty")
     if not 0 <= recording.timestamp < _FAR_FUTURE:
-        raise ValueError("its time cannot be")
+        raise ValueError("its time is out of range")
     if any(len(norms) != len(recording.history) for norms in recording.layer_norms.values()):
         raise ValueError("its layer_norms and its history differ in length")
     return recording
@@ -195,7 +195,7 @@ def _plain(kind: type, page: Mapping[str, Any]) -> dict[str, Any]:
 
 def _whole(value: Any) -> int:
     if not -_FAR <= value <= _FAR:
-        raise ValueError(f"it has a number that cannot be: {value}")
+        raise ValueError(f"it has an impossible number: {value}")
     return int(value)
 
 

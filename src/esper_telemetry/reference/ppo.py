@@ -87,7 +87,7 @@ class Summary:
 class PPOJob:
     """Train PPO with its gradients watched and served.
 
-    Making the job builds everything that can be wrong and starts to serve, but does not train yet. Raise ValueError
+    Making the job builds everything that can be wrong and starts to serve, but does not train yet. Raise a ValueError
     that begins with the option at fault.
     """
 
@@ -152,7 +152,7 @@ class PPOJob:
         for fault in self._options.inject:
             if fault.check > reach:
                 raise ValueError(
-                    f"--inject: expected a check from 1 to {reach}, which is within reach, got {fault.check}"
+                    f"--inject: expected a check from 1 to {reach}, the last one in reach, got {fault.check}"
                 )
         try:
             return FaultInjector(self._model.policy, self._options.inject)

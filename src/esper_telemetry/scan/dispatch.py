@@ -30,7 +30,7 @@ def scan(gradients: Sequence[Tensor | None]) -> Scan:
 
     Any dtype and layout that a gradient can have. A finite norm proves that nothing is bad, so all of memory is read
     once; only what is bad is counted element by element. A complex element with an Inf and a NaN part is in both
-    counts, as in `torch.isinf` and `torch.isnan`. Of a DTensor the local shard is looked at. None is passed over.
+    counts, as in `torch.isinf` and `torch.isnan`. Of a DTensor, the local shard is scanned. None is skipped.
     """
     return scan_cpu(gradients) if _on_cpu(gradients) else scan_device(gradients)
 
@@ -42,13 +42,13 @@ class Scanner:
         self._cuda: CudaScanner | None = None
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> Scan | PendingScan:
-        """Return the scan, or what will be one; raise RuntimeError while a CUDA graph is captured."""
+        """Return the scan, or what will be one; raise RuntimeError during CUDA graph capture."""
         if len(gradients) == 1 and (found := scan_single(gradients[0])) is not None:
             return found
         if _on_cpu(gradients):
             return scan_cpu(gradients)
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("gradients cannot be measured while a CUDA graph is captured")
+            raise RuntimeError("gradients cannot be measured during CUDA graph capture")
         if not _suit_kernel(gradients) or not _kernel_works():
             return scan_device(gradients)
         if self._cuda is None:

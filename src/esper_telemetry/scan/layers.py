@@ -89,9 +89,9 @@ def named_roots(model: Model) -> dict[str, nn.Module | Tensor]:
         roots = dict(model)
     for name, root in roots.items():
         if isinstance(root, Tensor) and not root.is_leaf:
-            raise ValueError(f"model: expected for {name!r} a leaf tensor, got one that an operation made")
+            raise ValueError(f"model: expected a leaf tensor for {name!r}, got the result of an operation")
         if not isinstance(root, nn.Module | Tensor):
-            raise ValueError(f"model: expected for {name!r} a torch.nn.Module or a tensor, got {type(root).__name__}")
+            raise ValueError(f"model: expected a torch.nn.Module or a tensor for {name!r}, got {type(root).__name__}")
         if not isinstance(name, str):
             raise ValueError(f"model: expected names that are strings, got {type(name).__name__}")
     if not roots:

@@ -1,4 +1,4 @@
-"""Heads: parts of a model, such as the policy and the value head, whose gradients are looked at by themselves."""
+"""Heads: parts of a model, such as the policy and the value head, whose gradients are looked at separately."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class WatchedHeads:
         for head, modules in watched.items():
             for module in modules or ("",):
                 if not any(_is_in(name, module) for name in (*names, *aliases)):
-                    raise ValueError(f"heads: expected for {head!r} one of {_known_modules(names)}, got {module!r}")
+                    raise ValueError(f"heads: expected one of {_known_modules(names)} for {head!r}, got {module!r}")
             meant = [name for alias, name in aliases.items() if any(_is_in(alias, module) for module in modules)]
             watched[head] = tuple(dict.fromkeys((*modules, *meant)))
         return cls(watched)
@@ -105,6 +105,6 @@ def _is_in_any(modules: tuple[str, ...]) -> Callable[[str], bool]:
 
 
 def _known_modules(layer_names: Iterable[str]) -> str:
-    """List the innermost modules; the last ones, as heads stand at the end."""
+    """List the innermost modules; the last ones, because heads come last."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in layer_names))
     return ", ".join((["..."] if len(modules) > _SHOWN else []) + modules[-_SHOWN:])

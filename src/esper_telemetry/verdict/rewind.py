@@ -40,9 +40,9 @@ class Rewind:
 
     every: good checks between two copies; the parameters and what the optimizers keep are also copied at a bad check,
         before the step, so that no good step is lost. Buffers are then those of the last good copy.
-    most: how often it may be put back in a run.
+    most: how many times it may be put back in a run.
 
-    Raise ValueError when there are no such numbers.
+    Raise ValueError when one of these numbers is invalid.
     """
 
     def __init__(self, model: Watched, optimizers: Callable[[], Sequence[Optimizer]], every: int, most: int) -> None:
@@ -61,14 +61,14 @@ class Rewind:
         self.left = arguments.whole("max_rewinds", most, at_least=1)
 
     def set_up(self) -> None:
-        """Make the first copy, and say what it takes."""
+        """Make the first copy, and log what it costs."""
         started = time.perf_counter()
         self.keep()
         seconds = time.perf_counter() - started
         numbers = sum(local_numel(each) for each in self._model.parameters())
         logger.warning(
-            "esper: on_critical='rewind' keeps a copy in host memory: %.1f MiB now, and the optimizer's state as it "
-            "grows, for Adam twice the %s parameters; the first copy took %.3f s, and one is made every %d checks",
+            "esper: on_critical='rewind' keeps a copy in host memory: %.1f MiB now, plus the optimizer's state as it "
+            "grows (for Adam, twice the %s parameters); the first copy took %.3f s, and one is made every %d checks",
             *(self._size() / 2**20, f"{numbers:,}", seconds, self._every),
         )
 
@@ -93,7 +93,7 @@ class Rewind:
             self._keep_trained()
 
     def put_back(self) -> bool:
-        """Make the state what it was; tell whether that could be done."""
+        """Restore the state; tell whether that was possible."""
         if not self._has_copy or not self.left:
             return False
         self.left -= 1

@@ -33,5 +33,5 @@ class Safety(int):
         if awaits_look:
             return cls(False, "a check was bad, and the model has not been seen intact since")
         if found is None:
-            return cls(True, "no check was bad since watching began")
-        return cls(True, "intact when last looked at, and no check was bad since")
+            return cls(True, "no check has been bad since watching began")
+        return cls(True, "intact at the last look, and no check has been bad since")

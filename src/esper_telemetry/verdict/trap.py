@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from esper_telemetry.verdict.passage import Passage
 
 PASSES = 16
-"""Passes of one episode of trouble that are watched at most."""
+"""The most passes that are watched in one episode of trouble."""
 
 
 class Modules(Protocol):
@@ -58,7 +58,7 @@ class Trap:
         return not self._left
 
     def renew(self) -> None:
-        """Allow as many passes as at first, for a new episode."""
+        """Allow the full number of passes again, for a new episode."""
         self._left = PASSES
 
     def arm(self) -> None:
@@ -108,7 +108,7 @@ class Trap:
         try:
             hook(name, *seen)
         except Exception:
-            self._fail("the trap could not look at a module")
+            self._fail("the trap could not inspect a module")
 
 
 class _Hook:

@@ -58,7 +58,7 @@ class Verdict:
     trap: whether to look in the forward for where trouble began.
     on_news: called when a look was made in trouble.
 
-    Raise ValueError when there is no such number.
+    Raise ValueError when the number is invalid.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Verdict:
                     self._looks.settle(wait)
             except Exception:
                 self._looks.forget()
-                self._latest.fail("the model's state could not be looked at")
+                self._latest.fail("the model's state could not be inspected")
 
     def settle(self) -> None:
         """Take in the looks that have arrived."""
@@ -205,12 +205,13 @@ class Verdict:
         try:
             done = self._rewind.put_back()
         except Exception:
-            self._latest.fail("the last good state could not be put back")
+            self._latest.fail("the last good state could not be restored")
             return False
         if done:
             with self._latest.lock:
                 self._latest.snapshot = self._latest.snapshot.skipping("rewind")
-            logger.warning("esper: %s: the last good state is back; left: %d times", WORDS[damage], self._rewind.left)
+            left = self._rewind.left
+            logger.warning("esper: %s: restored the last good state; rewinds left: %d", WORDS[damage], left)
             self.look(wait=True)
         return done
 
@@ -247,12 +248,12 @@ class Verdict:
             self._latest.change(cause=self._judge(seen, snapshot.origin_layer))
 
     def _judge(self, seen: Passage, origin: str | None) -> str | None:
-        """Return where the trouble began; parameters that it has damaged itself are no answer."""
+        """Return where the trouble began; parameters that it damaged itself do not count."""
         found = self._latest.snapshot.found_damage or Damage()
         try:
             cause = seen.judge([each.layer_name for each in (*found.parameters, *found.buffers)], origin)
         except Exception:
-            self._latest.fail("what the trap has seen could not be judged")
+            self._latest.fail("what the trap saw could not be judged")
             return None
         return None if cause and cause.startswith("parameter ") and not self._was_damaged else cause
 

@@ -53,7 +53,7 @@ class Settings:
 def read_settings(endpoint: str | None) -> Settings:
     """Return how to push, to `endpoint` if one is given.
 
-    Raise ValueError that begins with the variable, or with `endpoint`, when one is no good.
+    Raise ValueError that begins with the variable, or with `endpoint`, when one is invalid.
     """
     protocol_variable, protocol = of_metrics("PROTOCOL")
     if protocol.strip().lower() not in ("", "http/protobuf"):
@@ -72,20 +72,20 @@ def read_settings(endpoint: str | None) -> Settings:
     )
     if settings.client_key is not None and settings.client_certificate is None:
         variable, _ = of_metrics("CLIENT_KEY")
-        raise ValueError(f"{variable}: expected {variable.replace('KEY', 'CERTIFICATE')} beside it")
+        raise ValueError(f"{variable}: expected {variable.replace('KEY', 'CERTIFICATE')} too")
     _say_what_is_not_obeyed()
     return settings
 
 
 def read_silence() -> str | None:
-    """Return why nothing is to be pushed, None where nothing is said against it."""
+    """Return why nothing should be pushed; None if it should."""
     if word("OTEL_SDK_DISABLED", ("true", "false")) == "true":
         return "OTEL_SDK_DISABLED is true"
     exporters = words("OTEL_METRICS_EXPORTER", ("otlp", "prometheus", "console", "none"))
     if exporters and "otlp" not in exporters:
         return f"OTEL_METRICS_EXPORTER is {','.join(exporters)}"
     if "console" in exporters:
-        logger.warning("esper: OTEL_METRICS_EXPORTER: esper pushes over OTLP, and prints nothing to the console")
+        logger.warning("esper: OTEL_METRICS_EXPORTER: esper pushes over OTLP and prints nothing to the console")
     return None
 
 
@@ -99,7 +99,7 @@ def metrics_url(endpoint: str | None) -> str:
     """Return the URL to push to: `endpoint`, or what the environment says, or http://localhost:4318.
 
     A base such as http://localhost:4318 gets the path /v1/metrics, but for OTEL_EXPORTER_OTLP_METRICS_ENDPOINT, which
-    is taken as it is. Raise ValueError on what is no URL.
+    is used as it is. Raise ValueError if it is not a URL.
     """
     if endpoint is not None:
         return _with_path(_checked("endpoint", endpoint))
@@ -113,7 +113,7 @@ def _timeout_seconds() -> float:
     variable, text = of_metrics("TIMEOUT")
     push = milliseconds(variable, 10_000, zero=_FOREVER)
     if text and push < _SURELY_SECONDS:
-        logger.warning("esper: %s is in milliseconds; a push gets %g s to arrive", variable, push / 1000)
+        logger.warning("esper: %s is in milliseconds; a push times out after %g s", variable, push / 1000)
     return min(push, milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000, zero=_FOREVER)) / 1000
 
 
@@ -134,10 +134,10 @@ def _say_what_is_not_obeyed() -> None:
         ("explicit_bucket_histogram", "base2_exponential_bucket_histogram"),
     )
     if word("OTEL_METRICS_EXEMPLAR_FILTER", ("always_on", "always_off", "trace_based")) == "always_on":
-        logger.warning("esper: OTEL_METRICS_EXEMPLAR_FILTER: what esper pushes has no exemplars")
+        logger.warning("esper: OTEL_METRICS_EXEMPLAR_FILTER: esper pushes no exemplars")
     for variable in ("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE"):
         if os.environ.get(variable):
-            logger.warning("esper: %s is not read; the other variables hold", variable)
+            logger.warning("esper: %s is not supported; the other variables still apply", variable)
 
 
 def _with_path(base: str) -> str:
@@ -152,7 +152,7 @@ def _checked(name: str, url: str) -> str:
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # the port is none
+    except ValueError:  # an invalid port
         right = False
     if not right or not url.isprintable() or " " in url:
         raise ValueError(f"{name}: expected a URL such as {DEFAULT_ENDPOINT}, got {url!r}")

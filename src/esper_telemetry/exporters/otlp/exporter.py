@@ -1,4 +1,4 @@
-"""Push a monitor's snapshot over OTLP, where it cannot be scraped."""
+"""Push a monitor's snapshot over OTLP, for trainers that cannot be scraped."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Watched(Protocol):
 class OtlpExporter:
     """Push a monitor's snapshot until `close()`, or until the process ends.
 
-    One thread pushes: at once after a bad check, while checks go on being bad once a second, and otherwise at the
-    interval. There is no queue: each push shows the snapshot of its moment, whose counters and recent maxima hold
-    what happened before. A forked child pushes nothing.
+    One thread pushes: at once after a bad check, once a second while checks stay bad, and otherwise at the interval.
+    There is no queue: each push sends the current snapshot, whose counters and recent maxima hold what happened before.
+    A forked child pushes nothing.
     """
 
     def __init__(self, monitor: Watched, endpoint: str | None, deadline: float) -> None:
@@ -70,14 +70,14 @@ class OtlpExporter:
 
     @property
     def failures(self) -> int:
-        """Return how many pushes did not arrive."""
+        """Return how many pushes failed."""
         return 0 if self._sender is None else self._sender.failures
 
     def close(self) -> None:
-        """Push the last state, and wait for that until the deadline at most; a second call does nothing."""
+        """Push the last state, and wait for it until the deadline at most; a second call does nothing."""
         if self._sender is None or self._closed or os.getpid() != self._pid:
             return
-        if self._deadline is None:  # else a signal interrupts the first call, and dies of it: wait here
+        if self._deadline is None:  # else a signal interrupts the first call and ends the process: wait here
             self._deadline = time.monotonic() + self._deadline_seconds
             self._forget()
             self._stop.ring()
@@ -112,16 +112,18 @@ class OtlpExporter:
         sender.send()
         if sender.trouble and first and self._deadline is None:
             reason = sender.trouble
-            logger.warning("esper: a push to %s failed; this is counted and not logged again: %s", self.url, reason)
+            logger.warning("esper: a push to %s failed: %s (later failures are counted, not logged)", self.url, reason)
 
 
 def start_otlp(monitor: Watched, endpoint: str | None = None, *, deadline: float = 5.0) -> OtlpExporter:
     """Push what `monitor` measures over OTLP (HTTP, protobuf), and return the exporter.
 
-    endpoint: URL of the receiver; a base such as http://localhost:4318 gets the path /v1/metrics. Default: what the
-    standard OTEL_* variables say, which also give headers, interval, certificates and resource attributes, and
-    which may say that nothing is to be pushed at all.
-    deadline: seconds that the last push may take at exit.
+    The standard OTEL_* variables also set headers, interval, certificates and resource attributes, and can turn pushing
+    off.
+
+    endpoint: URL of the receiver; a base such as http://localhost:4318 gets the path /v1/metrics. Default: as the
+        OTEL_* variables say, or http://localhost:4318.
+    deadline: how many seconds the last push may take at exit.
 
     Raise ValueError when the endpoint or one of the variables is invalid, ImportError without the extra `otlp`.
     """

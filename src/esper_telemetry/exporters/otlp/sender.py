@@ -30,8 +30,8 @@ except ImportError as error:
 class OtlpSender:
     """Send what a source's snapshot shows at each `send()`, from one thread.
 
-    failures: how often that failed. It is sent itself, as is the number of snapshots that could not be read.
-    trouble: what went wrong with the last one, as far as it has got; None if nothing did.
+    failures: how many sends failed; it is itself sent, as is the number of snapshots that could not be read.
+    trouble: what went wrong in the last send so far; None if nothing did.
     """
 
     def __init__(self, source: Source, settings: Settings) -> None:
@@ -100,9 +100,9 @@ class OtlpSender:
 
     def _samples(self) -> list[Sample]:
         samples = [*self._read(), *self._own()]
-        # A scraper marks a series that is gone as stale. Over OTLP its last value would stand for five minutes more.
+        # A scraper marks a series that is gone as stale. Over OTLP its last value would stay for five more minutes.
         gone = self._shown - {(metric, labels) for metric, labels, _ in samples}
-        if self._counted is not None:  # a difference does not stand
+        if self._counted is not None:  # a delta does not stay
             gone -= self._counted.keys()
         return [*samples, *(Sample(metric, labels, math.nan) for metric, labels in gone)]
 
@@ -111,7 +111,7 @@ class OtlpSender:
             return list(read_samples(self._source.snapshot))
         except Exception:
             if self._errors == 0:
-                logger.exception("esper: the snapshot could not be read; this is counted and not logged again")
+                logger.exception("esper: the snapshot could not be read; later failures are counted, not logged")
             self._errors += 1
             return []
 
@@ -150,7 +150,7 @@ class _Session(requests.Session):
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return what began it: `[Errno 111] Connection refused` rather than what four layers made of it."""
+    """Return the root cause: `[Errno 111] Connection refused` rather than four layers of wrapping."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,7 +1,7 @@
 """How one of OpenTelemetry's variables is read.
 
-An empty one is unset. A number or a file that is no good is refused at set-up; of a word that is not known
-OpenTelemetry's specification asks that it is said, and ignored.
+An empty one counts as unset. An invalid number or file is refused at start-up; an unknown word is logged and ignored,
+as OpenTelemetry's specification asks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def of_metrics(name: str) -> tuple[str, str]:
 
 
 def milliseconds(variable: str, default: float, zero: float | None = None) -> float:
-    """Return a number of milliseconds; `zero` is what 0 stands for, where it stands for anything.
+    """Return a number of milliseconds; `zero` is what 0 means, if it means anything special.
 
     Raise ValueError on anything else.
     """
@@ -60,7 +60,7 @@ def file(variable: str, path: str) -> str | None:
         with open(path, "rb"):
             return path
     except OSError as error:
-        raise ValueError(f"{variable}: expected a file that can be read, got {path!r}: {error.strerror}") from None
+        raise ValueError(f"{variable}: expected a readable file, got {path!r}: {error.strerror}") from None
 
 
 def _known(variable: str, said: Sequence[str], known: Sequence[str]) -> Iterator[str]:

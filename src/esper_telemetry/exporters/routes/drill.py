@@ -34,7 +34,7 @@ class Drill:
         if kind not in KINDS or not count.isdecimal() or not seconds.isdecimal():
             raise ValueError(f"expected kind=inf|nan&count=N&seconds=S, got {query!r}")
         if not 1 <= int(count) <= 2**53 or not 1 <= int(seconds) <= MAX_SECONDS:
-            raise ValueError(f"expected a count from 1 and 1 to {MAX_SECONDS:.0f} seconds, got {query!r}")
+            raise ValueError(f"expected a count of at least 1 and 1 to {MAX_SECONDS:.0f} seconds, got {query!r}")
         return cls(kind, int(count), time.time(), time.monotonic() + int(seconds))
 
     def samples(self) -> Iterator[Sample]:

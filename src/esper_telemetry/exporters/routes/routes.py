@@ -40,7 +40,7 @@ class _Kept:
 class Routes:
     """Answer requests from a source's newest snapshot.
 
-    scraped: called with what a client was shown, when it has all of a page of metrics.
+    scraped: called with the snapshot that a client was shown, once it has received a whole page of metrics.
     own_samples: what the exporter says of itself.
     """
 
@@ -65,21 +65,21 @@ class Routes:
         return self.source.snapshot
 
     def respond(self, request: Request, strained: bool) -> Response:
-        """Answer a request; what goes wrong is an answer too, and counted.
+        """Answer a request; an error is counted and answered with 500.
 
-        strained: whether so much is asked that a page of a moment ago will do.
+        strained: whether the load is so high that a page from a moment ago will do.
         """
         try:
             return self._respond(request, strained)
         except Exception:
             self._collector.fail()
-            return Response(500, b"no answer could be built\n")
+            return Response(500, b"the response could not be built\n")
 
     def _respond(self, request: Request, strained: bool) -> Response:
         if request.path == "/-/drill":
             return self._answer_drill(request)
         if request.method not in ("GET", "HEAD"):
-            return Response(405, b"only GET and HEAD are answered\n", headers=(("Allow", "GET, HEAD"),))
+            return Response(405, b"only GET and HEAD are allowed\n", headers=(("Allow", "GET, HEAD"),))
         match request.path:
             case "/metrics":
                 return self._metrics(request, strained)
@@ -99,19 +99,19 @@ class Routes:
     def _readiness(self) -> Response:
         if self.snapshot.checks:
             return Response(200, b"ready\n")
-        return Response(503, b"not ready: nothing was measured yet\n")
+        return Response(503, b"not ready: nothing has been measured yet\n")
 
     def _answer_drill(self, request: Request) -> Response:
         """Begin or end a drill; the header keeps web pages from starting one through a visitor's browser."""
         if not self._allow_drill:
-            return Response(403, b"drills are off; the exporter has to be started with --allow-drill\n")
+            return Response(403, b"drills are off; start the exporter with --allow-drill\n")
         if not ip_address(request.client).is_loopback or "x-esper-drill" not in request.headers:
-            return Response(403, b"drills are started by `esper drill` on this host\n")
+            return Response(403, b"drills can only be started by `esper drill` on this host\n")
         if request.method == "DELETE":
             self._drill = None
             return Response(200, b"the drill is over\n")
         if request.method != "POST":
-            return Response(405, b"only POST and DELETE are answered\n", headers=(("Allow", "POST, DELETE"),))
+            return Response(405, b"only POST and DELETE are allowed\n", headers=(("Allow", "POST, DELETE"),))
         try:
             self._drill = Drill.parse(request.query)
         except ValueError as error:

@@ -25,7 +25,7 @@ _Stamp = tuple[tuple[int, int, int] | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """Hold what one state of the files comes to."""
+    """Hold the rules that follow from one state of the files."""
 
     config: WebConfig
     context: ssl.SSLContext | None
@@ -33,7 +33,7 @@ class _Rules:
 
 
 class Access:
-    """Hold the rules of a web config file; raise WebConfigError when they cannot be read in the first place."""
+    """Hold the rules of a web config file; raise WebConfigError when the first read fails."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
@@ -72,7 +72,7 @@ class Access:
         return {Verdict.WELCOME: None, Verdict.UNKNOWN: _UNAUTHORIZED, Verdict.BUSY: _BUSY}[verdict]
 
     def follow(self) -> None:
-        """Read the files again where they have changed, and then stood still since the last call."""
+        """Reload the files if they changed and have not changed again since the last call."""
         stamp = self._stamp()
         settled, self._seen = stamp == self._seen, stamp
         if not settled or stamp == self._tried:
@@ -82,7 +82,7 @@ class Access:
             if (rules.context is None) != (self._rules.context is None):
                 raise WebConfigError(f"{self._path}: tls_server_config: cannot be switched on or off while serving")
         except Exception as error:
-            logger.error("esper: the old web config stays: %s", error)
+            logger.error("esper: keeping the old web config: %s", error)
             self.reload_failures += 1
         else:
             self._rules = rules

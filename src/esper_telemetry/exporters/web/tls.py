@@ -40,14 +40,14 @@ _SECTION = "tls_server_config"
 
 
 def server_context(config: TlsConfig, path: Path) -> ssl.SSLContext:
-    """Load certificate, key and client CA; raise WebConfigError, which names `path` and the key, when one is no good.
+    """Load certificate, key and client CA; raise WebConfigError, which names `path` and the key, when one is invalid.
 
     A key with a pass phrase is refused: there is nobody to ask.
     """
     for key, file in (("cert_file", config.cert_file), ("key_file", config.key_file)):
         _check_readable(path, key, file)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # who scrapes keeps its connection, or does not resume one
+    context.num_tickets = 0  # a scraper keeps its connection, or does not resume a session
     context.minimum_version = _VERSIONS[config.min_version]
     context.maximum_version = _VERSIONS[config.max_version]
     if not config.prefer_server_cipher_suites:
@@ -56,7 +56,7 @@ def server_context(config: TlsConfig, path: Path) -> ssl.SSLContext:
         context.load_cert_chain(config.cert_file, config.key_file, password=_no_password)
     except (ssl.SSLError, ValueError) as error:
         files = f"{config.cert_file} and {config.key_file}"
-        raise WebConfigError(f"{path}: {_SECTION}.cert_file: {files} are no pair: {_reason(error)}") from None
+        raise WebConfigError(f"{path}: {_SECTION}.cert_file: {files} do not match: {_reason(error)}") from None
     _choose_ciphers(context, config, path)
     _ask_for_certificate(context, config, path)
     return context

@@ -93,13 +93,13 @@ class _Bad(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuse what YAML allows and the format does not: a key that stands twice."""
+    """Refuse what YAML allows and the format does not: a key that appears twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -110,9 +110,9 @@ def _load(content: bytes) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise _Bad(line + _one_line(error.problem or "no YAML")) from None
+        raise _Bad(line + _one_line(error.problem or "invalid YAML")) from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # PyYAML lets some slip
-        raise _Bad(f"no YAML: {_one_line(error)}") from None
+        raise _Bad(f"invalid YAML: {_one_line(error)}") from None
     except RecursionError:
         raise _Bad("nested too deeply") from None
 
@@ -124,7 +124,7 @@ class _Section:
         if content is None:
             content = {}
         if not isinstance(content, dict):
-            raise _Bad(f"{name or 'the file'}: expected keys with values, got {_shown(content)}")
+            raise _Bad(f"{name or 'the file'}: expected a mapping, got {_shown(content)}")
         self.name = name
         self._left = dict(content)
 

@@ -52,7 +52,7 @@ def _origin(recording: Recording) -> str:
     listed = "".join(f'<li><span class="{kind}">{escape(name)}</span></li>' for name, kind in steps if name is not None)
     return (
         f'<section><h2>Where it began</h2><ol class="road">{listed}</ol>'
-        "<p>Gradients travel from left to right. The red layer is the bad one that they reached first; beside it stand "
+        "<p>Gradients travel from left to right. The red layer is the first bad one that they reached; next to it are "
         "the nearest layers without a bad element.</p></section>"
     )
 
@@ -70,7 +70,7 @@ def _layers(recording: Recording) -> str:
             f"{layer.nan_count:,}",
             f"{layer.numel:,}",
             "-" if layer.shape is None else f"{layer.dtype} [{', '.join(map(str, layer.shape))}]",
-            "not known, the gradient was gone" if layer.first_bad is None else ", ".join(elements(layer)),
+            "unknown: the gradient was gone" if layer.first_bad is None else ", ".join(elements(layer)),
         )
         for layer in recording.layers
     ]

@@ -57,7 +57,7 @@ def _facts(recording: Recording, width: int) -> list[str]:
 def _layers(recording: Recording, width: int) -> list[str]:
     rows = [("bad layer", "Inf", "NaN", "of", "first at")]
     for layer in recording.layers[:_LAYERS]:
-        where = elements(layer) if layer.first_bad is not None else ["not known, the gradient was gone"]
+        where = elements(layer) if layer.first_bad is not None else ["unknown: the gradient was gone"]
         rows.append(
             (layer.layer_name, f"{layer.inf_count:,}", f"{layer.nan_count:,}", f"{layer.numel:,}", " ".join(where))
         )
