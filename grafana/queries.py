@@ -188,7 +188,7 @@ def seconds_since(metric: str) -> str:
 
 
 def damaged_tensors() -> str:
-    """Return the tensors that held a bad element at the last look, the worst first."""
+    """Return the tensors that held a bad element at the last scan, the worst first."""
     return f"topk({ROWS}, {named(select('esper_damaged_tensor_elements'), 'part', 'tensor')})"
 
 

@@ -25,10 +25,10 @@ def panels() -> list[Placed]:
 def _verdicts() -> Panel:
     panel = listing(
         "Is the model alive?",
-        "Inf and NaN elements in the parameters, buffers and optimizer state of each run, at the last look: after a "
-        "bad check, and now and then. Optimizer state alone: parameters are still finite, but not for long. "
-        "Parameters: go back to the last good checkpoint. Normal is 0 everywhere, and a last good check a few seconds "
-        "ago.",
+        "Inf and NaN elements in the parameters, buffers and optimizer state of each run, at the last scan: after a "
+        "bad check, and now and then. Optimizer state alone: parameters are still finite, but the next steps will "
+        "damage them. Parameters: go back to the last good checkpoint. Normal is 0 everywhere, and a last good check a "
+        "few seconds ago.",
         *(cells(q.last_seen(metric), ref) for ref, metric in zip("ABC", PARTS.values(), strict=True)),
         cells(q.last_seen("esper_cause_info", "cause"), "D"),
         cells(q.seconds_since("esper_last_good_check_timestamp_seconds"), "E"),
@@ -57,7 +57,7 @@ def _verdicts() -> Panel:
 def _damage() -> Panel:
     panel = graph(
         "Damaged elements",
-        "Inf and NaN elements in parameters, buffers and optimizer state at the last look, of the worst instance. "
+        "Inf and NaN elements in parameters, buffers and optimizer state at the last scan, of the worst instance. "
         "Normal is 0: a bad gradient that was skipped or clipped away leaves no trace here.",
         *(query(peak(metric), name, ref) for ref, (name, metric) in zip("ABC", PARTS.items(), strict=True)),
         marks=((0.5, RED),),
@@ -69,7 +69,7 @@ def _damage() -> Panel:
 def _tensors() -> Panel:
     panel = listing(
         "Damaged tensors",
-        "Tensors that held Inf or NaN at the last look, worst first: parameters, buffers and optimizer state. Normal "
+        "Tensors that held Inf or NaN at the last scan, worst first: parameters, buffers and optimizer state. Normal "
         "is an empty list.",
         cells(q.damaged_tensors(), "A"),
         columns={

@@ -136,13 +136,13 @@ def test_the_verdict_stands_beside_the_count(page, source):
     expect(page.locator("#model")).to_contain_text("Verdictparameters damagedBad in parameters3Bad in buffers0")
     expect(page.locator("#model")).to_contain_text("exp_avg of policy.weight1 Inf and 3 NaN")
     source.snapshot = after_check(found_damage=Damage(optimizer=damaged().found_damage.optimizer))
-    shows(page, "critical", "Optimizer state damaged: parameters are still finite, but not for long.")
+    shows(page, "critical", "Optimizer state damaged: parameters are still finite, but the next steps will")
 
 
 def test_a_model_that_nobody_has_looked_at_is_not_said_to_be_intact(page, source):
     source.snapshot = after_check(found_damage=None)
     shows(page, "healthy")
-    expect(page.locator("#model")).to_contain_text("Verdictnot looked at yet")
+    expect(page.locator("#model")).to_contain_text("Verdictnot scanned yet")
 
 
 def test_layers_that_could_not_be_measured_are_no_calm_zero(page, source):

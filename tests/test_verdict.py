@@ -391,7 +391,7 @@ def test_a_state_that_cannot_be_looked_at_is_an_error_of_ours_and_training_goes_
     assert snapshot.damage is None
     assert snapshot.checks == 2
     assert snapshot.monitor_errors > 0
-    assert caplog.text.count("could not be inspected") == 1
+    assert caplog.text.count("could not be scanned") == 1
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])

@@ -126,22 +126,22 @@ AMP_CONSECUTIVE_SKIPS = _gauge(
 )
 NONFINITE_PARAMETERS = _gauge(
     "esper_nonfinite_parameters",
-    "Inf and NaN elements in the model's parameters at the last look; NaN before the first.",
+    "Inf and NaN elements in the model's parameters at the last scan of the model; NaN before the first.",
     "{element}",
 )
 NONFINITE_BUFFERS = _gauge(
     "esper_nonfinite_buffers",
-    "Inf and NaN elements in the model's buffers at the last look; NaN before the first.",
+    "Inf and NaN elements in the model's buffers at the last scan of the model; NaN before the first.",
     "{element}",
 )
 NONFINITE_OPTIMIZER_STATE = _gauge(
     "esper_nonfinite_optimizer_state",
-    "Inf and NaN elements in the optimizer state at the last look; NaN before the first.",
+    "Inf and NaN elements in the optimizer state at the last scan of the model; NaN before the first.",
     "{element}",
 )
 DAMAGED_TENSOR = _gauge(
     "esper_damaged_tensor_elements",
-    "Inf and NaN elements of a damaged tensor at the last look; the worst of each part only.",
+    "Inf and NaN elements of a damaged tensor at the last scan of the model; the worst of each part only.",
     "{element}",
     ("part", "tensor"),
 )

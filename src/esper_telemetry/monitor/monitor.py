@@ -70,7 +70,7 @@ class GradientMonitor(Told, UntilClosed):
     statistics_every: checks between two looks for dead and exploding layers; what is found is looked at again in the
         checks that follow.
     trap: whether to hook the modules for up to 16 passes after a bad check, to find where the trouble begins.
-    damage_every: checks between two looks at parameters, buffers and optimizer state while all is well; after a bad
+    damage_every: checks between two scans of parameters, buffers and optimizer state while all is well; after a bad
         check there is one per check. `snapshot.damage` has the result.
     recent_window_seconds: how long a bad check stays in the recent maxima; at least twice the scrape interval.
     before_check: called with the number of the coming check; for fault injection.

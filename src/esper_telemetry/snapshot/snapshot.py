@@ -85,7 +85,7 @@ class Snapshot:
     history: the last minutes in slots, and how trouble began.
     unmonitored_steps: optimizer steps taken with gradients that no check had seen.
     amp: the GradScaler's state at the last check; None if none is watched.
-    found_damage: what the last look at parameters, buffers and optimizer state found; None before the first. `damage`
+    found_damage: what the last scan of parameters, buffers and optimizer state found; None before the first. `damage`
         is its verdict in one word.
     cause: where the trouble of the last episode began, as far as it was seen: "input", "parameter NAME", "forward of
         MODULE", "loss" or "backward of MODULE".
@@ -200,7 +200,7 @@ class Snapshot:
     def damage(self) -> str | None:
         """Return "intact", or the worst part that holds Inf or NaN: "optimizer", "buffers" or "parameters".
 
-        None before the first look.
+        None before the first scan.
         """
         return None if self.found_damage is None else self.found_damage.word
 

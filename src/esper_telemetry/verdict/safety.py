@@ -34,4 +34,4 @@ class Safety(int):
             return cls(False, "a check was bad, and the model has not been seen intact since")
         if found is None:
             return cls(True, "no check has been bad since watching began")
-        return cls(True, "intact at the last look, and no check has been bad since")
+        return cls(True, "intact at the last scan, and no check has been bad since")

@@ -125,7 +125,7 @@ class Verdict:
                     self._looks.settle(wait)
             except Exception:
                 self._looks.forget()
-                self._latest.fail("the model's state could not be inspected")
+                self._latest.fail("the model could not be scanned")
 
     def settle(self) -> None:
         """Take in the looks that have arrived."""

@@ -129,7 +129,7 @@ def _trouble(snapshot: Snapshot) -> Json | None:
 
 
 def _model(snapshot: Snapshot, now: float) -> Json:
-    """Return the verdict: what was damaged at the last look, where it began, and how much going back would lose."""
+    """Return the verdict: what was damaged at the last scan, where it began, and how much going back would lose."""
     found, good = snapshot.found_damage, snapshot.last_good_check
     return {
         "damage": snapshot.damage,
