@@ -44,5 +44,13 @@ def connect(place: Place, *scope: object) -> Any:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         place.host, place.port, None, False, TIMEOUT, wait_for_workers=False
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore("/".join(map(str, ("esper", attempt, *scope))), store)  # type: ignore[attr-defined]
+    return dist.PrefixStore("/".join(map(str, ("esper", _attempt(), *scope))), store)  # type: ignore[attr-defined]
+
+
+def _attempt() -> str:
+    """Return the number of the attempt, which may share its store with those before; "0" where ranks may not agree.
+
+    Each agent of torchrun counts its own restarts, so that of several agents each may have another number.
+    """
+    one_agent = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_agent else "0"
