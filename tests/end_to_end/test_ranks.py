@@ -1,10 +1,12 @@
 """A run of several ranks is one page that names the rank at fault, its host and layer; one address finds them all."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -80,6 +82,10 @@ def test_under_fsdp2_seven_that_are_split_into_four_and_three_are_critical(tmp_p
             assert run.wait(120) == 0
 
 
+def host(number, address):
+    return ("--node-rank", str(number), "--local-addr", address)
+
+
 def test_two_hosts_are_one_run(tmp_path, leader):
     port = free_port()
     other = f"127.0.0.2:{leader.rpartition(':')[2]}"
@@ -87,12 +93,20 @@ def test_two_hosts_are_one_run(tmp_path, leader):
     more = ("--inject", FAULT, "--on-critical", "skip", "--steps", "100000", "--pause", "0.02")
     with (
         Stack(tmp_path, leader=leader) as stack,
-        torchrun(tmp_path, "--listen-address", leader, *more, launcher=(*launcher, "--node-rank", "0"), name="one"),
-        torchrun(tmp_path, "--listen-address", other, *more, launcher=(*launcher, "--node-rank", "1"), name="two"),
+        torchrun(tmp_path, "--listen-address", leader, *more, launcher=(*launcher, *host(0, "127.0.0.1")), name="one"),
+        torchrun(tmp_path, "--listen-address", other, *more, launcher=(*launcher, *host(1, "127.0.0.2")), name="two"),
     ):
         assert_one_page(stack)
         (prometheus,) = stack.prometheus
         up = {target["metric"]["instance"]: target["metric"] for target in query(prometheus, 'up{job="esper"} == 1')}
         assert set(up) == {leader, other}
         assert {target["scrape"] for target in up.values()} == {"leader"}
-        assert len({target["run"] for target in up.values()}) == 1
+        (run_id,) = {target["run"] for target in up.values()}
+        assert {(info["metric"]["rank"], info["metric"]["run_id"]) for info in query(prometheus, "esper_run_info")} == {
+            ("0", run_id),
+            ("1", run_id),
+        }
+        (reporting,) = query(prometheus, "esper_ranks_reporting")
+        assert (reporting["metric"]["instance"], reporting["value"][1]) == (leader, "2")
+        with urllib.request.urlopen(f"http://{leader}/api/v1/targets", timeout=5) as listed:
+            assert [target["targets"] for target in json.load(listed)] == [[leader], [other]]
