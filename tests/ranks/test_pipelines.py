@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -68,10 +69,10 @@ FSDP1 = {
 }
 
 
-def fsdp1(rank, name, inner=False):
+def fsdp1(rank, **options):
     """Train under FSDP1, with 7 NaN made by rank 1 in two steps."""
     model, faulty = faulty_mlp()
-    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **FSDP1[name])
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
     monitor = watch(wrapped)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
     found = []
@@ -89,7 +90,14 @@ def fsdp1(rank, name, inner=False):
 
 
 def every_fsdp1(rank):
-    return {name: fsdp1(rank, name) for name in FSDP1}
+    return {name: fsdp1(rank, **options) for name, options in FSDP1.items()}
+
+
+def hybrid_fsdp1(rank):
+    """Train on two copies of two shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    strategies = ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2
+    return {each.name: fsdp1(rank, sharding_strategy=each, device_mesh=mesh) for each in strategies}
 
 
 class TestPipelines:
@@ -123,3 +131,17 @@ class TestFsdp1:
                 owned = sum(each["owned"] for each in snapshots)
                 assert owned == (7 if step in (1, 3) else 0), (name, step)
             assert ranks[0][name][4][0]["checks"] == 4, "no late checks"
+
+    def test_two_copies_of_two_shards_count_each_element_once(self):
+        ranks = run_ranks(hybrid_fsdp1, 4)
+        for name in ranks[0]:
+            for step in range(4):
+                snapshots, real = zip(*(each[name][step] for each in ranks), strict=True)
+                where = f"{name}, step {step}: {snapshots}"
+                bad = 7 if step in (1, 3) else 0
+                assert [each["nan"] for each in snapshots] == list(real), where
+                assert sum(real) == 2 * bad, "both copies have them"
+                assert sum(each["owned"] for each in snapshots) == bad, where
+                assert all(each["checks"] == step + 1 for each in snapshots), where
+                assert all(each["scope"] == ("shard", True, "backward") for each in snapshots), where
+                assert not any(each["errors"] or each["unmeasured"] for each in snapshots), where
