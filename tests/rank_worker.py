@@ -34,7 +34,8 @@ def main():
         model.weight.grad.view(-1)[:found] = float("nan")
 
     monitor = watch(model, before_check=before_check, replicas=lambda name, parameter: alone)
-    exporter = start_exporter(monitor, "127.0.0.1:0", linger=0)
+    lingers = "--linger" in sys.argv and dist.get_rank() == 0
+    exporter = start_exporter(monitor, "127.0.0.1:0", linger=None if lingers else 0)
     if late:
         alone = join()
     print(exporter.url, flush=True)

@@ -66,6 +66,15 @@ def test_a_check_is_told_with_the_rank_that_made_it_bad_or_when_that_one_is_wait
     assert counts(board, 1.0) == (0, 9), "nobody is at fault: all have said so"
 
 
+def test_a_check_waits_for_nobody_when_all_ranks_have_ended():
+    board = Board(2, WINDOW)
+    board.take(row(0), 0.0)
+    board.take(row(1, check(40, nan=7, local=0), ended=True), 0.0)
+    assert counts(board) == (0, 0)
+    board.take(row(0, ended=True), 0.0)
+    assert counts(board) == (0, 7), "nobody reads the rows any more"
+
+
 def test_no_check_is_lost_while_it_waits():
     board = Board(2, WINDOW)
     board.take(row(0, check(1, nan=9, local=0)), 0.0)

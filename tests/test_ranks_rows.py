@@ -134,6 +134,17 @@ def test_a_rank_that_is_killed_is_gone_and_one_that_has_ended_is_not(run):
     assert value(zero, "esper_ranks_gone") == 1
 
 
+def test_rank_0_stays_until_the_last_bad_check_of_another_rank_was_scraped(run):
+    zero, one = run(2, "--linger")
+    until("both are heard of", lambda: zero.ranks("reporting") == (2,))
+    one.tell("check 3")
+    for rank in (one, zero):
+        rank.process.stdin.close()  # both end, and rank 0 may not have heard of it yet
+    until("rank 0 shows it", lambda: value(zero, "esper_global_nan_grad_recent_max") == 3)
+    assert value(zero, "esper_nan_grad_recent_max") == 0, "it has nothing to show of its own"
+    assert zero.process.wait(40) == 0
+
+
 def test_training_goes_on_where_rank_0_and_the_store_are_gone(run):
     zero, one = run()
     one.tell("check 0")

@@ -35,6 +35,9 @@ logger = logging.getLogger("esper_telemetry")
 LINGER_SECONDS = 20.0
 """How long a bad check that was never scraped keeps the exporter up at exit."""
 
+HEAR_SECONDS = 2.0
+"""How long rank 0 waits at exit for the last rows of the other ranks."""
+
 
 class Exporter:
     """Serve a monitor's snapshot over HTTP until `close()`, or until the process ends."""
@@ -62,7 +65,7 @@ class Exporter:
         """Serve another source from now on; if the last bad check of the previous one was never scraped, log it."""
         snapshot_of("source", source)
         snapshot = self._routes.snapshot
-        if not self._is_delivered():
+        if not self._own_is_delivered():
             logger.warning(
                 "esper: %s now serves another run; the last bad check of the previous run was never scraped: "
                 "Inf %d, NaN %d in total, first in %s",
@@ -77,11 +80,14 @@ class Exporter:
 
         Each scraper seen so far gets one and a half of its scrape intervals, 90 s at most, to see that the run has
         ended. A bad check that was never scraped is kept up for 20 s.
+        With several ranks, rank 0 first waits for the last rows of the others, for 2 s at most, and keeps their bad
+        checks up like its own.
 
         seconds: the longest wait.
         """
         limit = math.inf if seconds is None else arguments.seconds("seconds", seconds)
         began = time.monotonic()
+        self._hear_ranks(min(limit, HEAR_SECONDS))
         said = False
         while (left := began + (most := min(self._worth_waiting(), limit)) - time.monotonic()) > 0:
             if not said:
@@ -121,6 +127,11 @@ class Exporter:
         if announce is not None:
             announce(self.url)
 
+    def _hear_ranks(self, seconds: float) -> None:
+        hear_ranks = getattr(self._routes.source, "hear_ranks", None)
+        if hear_ranks is not None:
+            hear_ranks(seconds)
+
     def _worth_waiting(self) -> float:
         """Return how many seconds, from the start of the wait, are worth waiting; 0 when everything was scraped."""
         waits = self._scrapers.waiting_for_the_end() if self._routes.snapshot.ended else {}
@@ -135,6 +146,11 @@ class Exporter:
         )
 
     def _is_delivered(self) -> bool:
+        """Return whether the last bad check was scraped: this rank's, and on rank 0 also the run's."""
+        found = _bad_checks_of_run(self._routes.snapshot)
+        return self._own_is_delivered() and (not found or found == _bad_checks_of_run(self._shown))
+
+    def _own_is_delivered(self) -> bool:
         snapshot = self._routes.snapshot
         return (snapshot.inf, snapshot.nan) == (self._shown.inf, self._shown.nan)
 
@@ -222,6 +238,15 @@ def _linger_of_environment() -> float | None:
         return arguments.seconds("ESPER_LINGER_SECONDS", float(text)) if text else None
     except ValueError:
         raise ValueError(f"ESPER_LINGER_SECONDS: expected seconds of at least 0, got {arguments.shown(text)}") from None
+
+
+def _bad_checks_of_run(snapshot: Snapshot) -> tuple[object, ...]:
+    """Return the bad checks of the whole run that the page of rank 0 still shows; empty on other ranks."""
+    if snapshot.ranks is None:
+        return ()
+    recent = snapshot.ranks.recent
+    now = recent.read(time.monotonic())
+    return recent.buckets if now.inf_max or now.nan_max else ()
 
 
 def _ends_well() -> bool:

@@ -135,7 +135,7 @@ class GradientMonitor(Told, UntilClosed):
         self._recorder = recorder
         self._progress = Progress(self._latest)
         self._rows = RankRows(self._latest.read, self._latest.take_ranks, self._latest.fail)
-        self.announce = self._rows.announce  # called by exporters, with their URL
+        self.announce, self.hear_ranks = self._rows.announce, self._rows.hear  # called by exporters
         self._listeners = Listeners(self._latest.fail, self._rows.see, *([] if recorder is None else [recorder.see]))
         self._stop_following_steps = follow_steps(self._before_step)
 

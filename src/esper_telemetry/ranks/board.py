@@ -113,7 +113,10 @@ class Board:
     def _take_in_sums(self, now: float) -> None:
         """Put the checks that have grown into the recent window, when they are settled; forget the oldest."""
         oldest = set(islice(self._sums, max(0, len(self._sums) - _CHECKS)))
-        settled = {each for each in self._grown if each in oldest or self._sums[each].is_settled(self._expected, now)}
+        over = all(row.ended for row in self._rows.values())
+        settled = {
+            each for each in self._grown if over or each in oldest or self._sums[each].is_settled(self._expected, now)
+        }
         if counts := [self._sums[check].counts() for check in settled]:
             inf, nan = map(max, zip(*counts, strict=True))
             if inf or nan:

@@ -35,9 +35,10 @@ class Reader:
         self._unpublished: Ranks | None = None
 
     @property
-    def all_ended(self) -> bool:
-        """Tell whether every rank that was heard of has said that it ended."""
-        return bool(self._ended) and all(self._ended.values())
+    def is_done(self) -> bool:
+        """Return whether every rank that joined has reported its end, and all of that was published."""
+        all_ended = bool(self._ended) and all(self._ended.values()) and not self._late
+        return all_ended and self._unpublished is None
 
     def turn(self, leader: str | None) -> None:
         """Read what is due, and publish what is new."""

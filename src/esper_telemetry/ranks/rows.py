@@ -76,6 +76,12 @@ class RankRows:
         self._url = url
         self._wake.set()
 
+    def hear(self, seconds: float) -> None:
+        """On rank 0, wait until every rank has reported its end, `seconds` at most; elsewhere return at once."""
+        if self._thread is not None and self._read().run.rank == 0:
+            self._wake.set()
+            self._thread.join(seconds)
+
     def leave(self) -> None:
         """Say the last word before the interpreter goes; wait a moment for it."""
         self._leaving = True
@@ -112,7 +118,7 @@ class RankRows:
     def _lose(self, error: Exception, snapshot: Snapshot) -> None:
         self._link = None
         known = snapshot.ranks
-        if known is not None and known.reporting is not None:
+        if known is not None and known.reporting is not None and not snapshot.ended:  # after the end, keep what was known
             self._publish(Ranks.unknown(known.expected, known.recent.seconds))
         if not self._said:
             self._said = True
@@ -120,7 +126,7 @@ class RankRows:
 
     def _is_over(self) -> bool:
         """Tell whether nobody has anything to say or to hear any more."""
-        if self._link is None or self._link.reader is None or self._link.reader.all_ended:
+        if self._link is None or self._link.reader is None or self._link.reader.is_done:
             return True
         self._ended_at = self._ended_at or time.monotonic()
         return time.monotonic() - self._ended_at > STAY_SECONDS
