@@ -18,9 +18,9 @@ test: $(INSTALLED)  ## Run every test; servers and the browser are fetched first
 	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end --ignore tests/ranks
 	$(PYTEST) --numprocesses 4 tests/end_to_end tests/ranks  # they wait
 
-test-engines:  ## Run the tests of DeepSpeed, in a virtual environment of its own, which is made first
+test-engines:  ## Run the tests of DeepSpeed and Ray Train, in a virtual environment of their own, which is made first
 	$(MAKE) VENV=.venv-engines .venv-engines/.installed
-	DS_BUILD_OPS=0 .venv-engines/bin/python -m pip install --quiet --constraint constraints.txt deepspeed==0.19.8
+	DS_BUILD_OPS=0 .venv-engines/bin/python -m pip install --quiet --constraint constraints.txt deepspeed==0.19.8 'ray[train]==2.60.0'
 	OMP_WAIT_POLICY=passive .venv-engines/bin/python -m pytest tests/engines
 
 test-lowest:  ## Run the tests with the oldest dependencies that pyproject.toml allows, all but torch
