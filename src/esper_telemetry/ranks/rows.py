@@ -118,7 +118,7 @@ class RankRows:
     def _lose(self, error: Exception, snapshot: Snapshot) -> None:
         self._link = None
         known = snapshot.ranks
-        if known is not None and known.reporting is not None and not snapshot.ended:  # after the end, keep what was known
+        if known is not None and known.reporting is not None and not snapshot.ended:  # keep it after the end
             self._publish(Ranks.unknown(known.expected, known.recent.seconds))
         if not self._said:
             self._said = True

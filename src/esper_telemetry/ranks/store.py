@@ -48,9 +48,9 @@ def connect(place: Place, *scope: object) -> Any:
 
 
 def _attempt() -> str:
-    """Return the number of the attempt, which may share its store with those before; "0" where ranks may not agree.
+    """Return the number of this attempt, which keeps it apart from earlier ones in the same store.
 
-    Each agent of torchrun counts its own restarts, so that of several agents each may have another number.
+    Return "0" for several agents of torchrun: each counts its own restarts, so the numbers may differ between ranks.
     """
     one_agent = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_agent else "0"
