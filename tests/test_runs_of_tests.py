@@ -65,7 +65,7 @@ def run(folder, fault, *options):
 def test_a_worker_that_crashes_ends_the_run(tmp_path, fault):
     code, output = run(tmp_path, fault)
     assert code == 1
-    assert "crashed while running 'test_fault.py::test_at_fault'" in output
+    assert "crashed while running 'test_fault.py::test_at_fault@group'" in output
 
 
 def test_a_test_that_hangs_fails_with_the_stacks_of_its_threads(tmp_path):
@@ -73,7 +73,7 @@ def test_a_test_that_hangs_fails_with_the_stacks_of_its_threads(tmp_path):
         tmp_path, "threading.Thread(target=time.sleep, args=(4,)).start(); time.sleep(600)", "--timeout=2"
     )
     assert code == 1
-    assert "FAILED test_fault.py::test_at_fault" in output
+    assert "FAILED test_fault.py::test_at_fault@group" in output
     assert "1 failed, 42 passed" in output, "the others run all the same"
     assert "Stack of Thread-" in output
 
@@ -82,7 +82,7 @@ def test_a_test_that_hangs_where_no_signal_arrives_ends_the_run(tmp_path):
     deaf = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM}); time.sleep(600)"
     code, output = run(tmp_path, deaf, "-o", "faulthandler_timeout=3")
     assert code == 1
-    assert "crashed while running 'test_fault.py::test_at_fault'" in output
+    assert "crashed while running 'test_fault.py::test_at_fault@group'" in output
     assert "Timeout (0:00:03)!" in output
 
 
