@@ -68,8 +68,8 @@ def _assert_exact(gradients: list[Tensor]) -> None:
 
 
 def _model(gradients: list[Tensor]) -> nn.Module:
-    """Return a model with these gradients, a module for each; parameters are never touched and so take no memory."""
-    model = nn.ModuleList(nn.ParameterList([torch.empty_like(gradient)]) for gradient in gradients)
+    """Return a model with these gradients, a module for each; parameters are zeros, so that they are not damaged."""
+    model = nn.ModuleList(nn.ParameterList([torch.zeros_like(gradient)]) for gradient in gradients)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient
     return model
