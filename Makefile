@@ -16,7 +16,7 @@ run: $(INSTALLED)  ## Train the reference job with its metrics at http://127.0.0
 test: $(INSTALLED)  ## Run every test; servers and the browser are fetched first where they are missing
 	$(BIN)/python -m deploy.stack.servers
 	$(PYTEST) --numprocesses 2 --ignore tests/end_to_end --ignore tests/ranks
-	$(PYTEST) --numprocesses 4 tests/end_to_end tests/ranks  # they wait
+	$(PYTEST) --numprocesses 3 tests/end_to_end tests/ranks  # they wait
 
 test-engines:  ## Run the tests of DeepSpeed and Ray Train, in a virtual environment of their own, which is made first
 	$(MAKE) VENV=.venv-engines .venv-engines/.installed
