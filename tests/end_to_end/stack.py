@@ -110,7 +110,7 @@ def query(server, expression):
         return json.load(response)["data"]["result"]
 
 
-def until(what, condition, seconds=120):
+def until(what, condition, seconds=40):
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():

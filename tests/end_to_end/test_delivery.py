@@ -128,7 +128,7 @@ def test_two_prometheus_servers_give_one_page(tmp_path):
 
 @pytest.mark.parametrize(("count", "severity"), [(5, "warning"), (6, "critical")])
 def test_five_warns_and_six_pages(stack, count, severity):
-    with stack.trainer("--inject", f"nan:{count}@3:0.weight") as run:
+    with stack.trainer("--inject", f"nan:{count}@3:0.weight", "--window", "20") as run:  # a busy Prometheus is late
         stack.list_trainers(run.url)
         if severity == "critical":
             assert_one_page(stack, 6, "NaN", "0.weight")
