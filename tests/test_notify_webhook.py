@@ -199,7 +199,7 @@ def test_what_is_no_url_is_one_line(url):
 
 
 def test_what_is_no_monitor_is_one_line():
-    with pytest.raises(TypeError, match=r"^monitor: expected a monitor, as returned by watch\(model\), got Linear$"):
+    with pytest.raises(ValueError, match=r"^monitor: expected a monitor, as returned by watch\(model\), got Linear$"):
         webhook(nn.Linear(1, 1), "http://127.0.0.1:9/")
 
 

@@ -63,6 +63,11 @@ def function(name: str, given: object) -> None:
         raise ValueError(f"{name}: expected a function, got {shown(given)}")
 
 
+def no_monitor(name: str, given: object) -> ValueError:
+    """Return the error for what was given as a monitor and is none."""
+    return ValueError(f"{name}: expected a monitor, as returned by watch(model), got {type(given).__name__}")
+
+
 def _number(given: object) -> float:
     if isinstance(given, bool) or not isinstance(given, Real):
         return math.nan

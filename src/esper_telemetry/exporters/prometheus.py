@@ -10,7 +10,7 @@ from itertools import chain
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from esper_telemetry import metrics
+from esper_telemetry import arguments, metrics
 from esper_telemetry.exporters.samples import Sample, Source, read_samples
 from esper_telemetry.metrics import Metric
 
@@ -37,7 +37,7 @@ class EsperCollector(Collector):
         more: Callable[[], Iterable[Sample]] = tuple,
     ) -> None:
         if getattr_static(source, "snapshot", None) is None:  # read at each scrape, not here
-            raise ValueError(f"source: expected a monitor, as returned by watch(model), got {type(source).__name__}")
+            raise arguments.no_monitor("source", source)
         self._source = source
         self._labels = labels or {}
         self._more = more

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from typing import NamedTuple, Protocol
 
-from esper_telemetry import metrics
+from esper_telemetry import arguments, metrics
 from esper_telemetry.metrics import Metric
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.ranks import Ranks, worst_of
@@ -24,7 +24,7 @@ def snapshot_of(name: str, given: object) -> Snapshot:
     """Read the snapshot of what was given as a monitor; raise ValueError when it has none."""
     snapshot = getattr(given, "snapshot", None)
     if not isinstance(snapshot, Snapshot):
-        raise ValueError(f"{name}: expected a monitor, as returned by watch(model), got {type(given).__name__}")
+        raise arguments.no_monitor(name, given)
     return snapshot
 
 

@@ -48,7 +48,7 @@ class Webhook:
     def __init__(self, monitor: Watched, url: str, deadline: float) -> None:
         self._target = checked_url(url)
         if not callable(getattr(monitor, "on_check", None)):
-            raise TypeError(f"monitor: expected a monitor, as returned by watch(model), got {type(monitor).__name__}")
+            raise arguments.no_monitor("monitor", monitor)
         self.url = without_secrets(url)
         self.failures = 0
         self._to_alertmanager = self.url.endswith(_ALERTMANAGER)
@@ -147,6 +147,6 @@ def webhook(monitor: Watched, url: str, *, deadline: float = 5.0) -> Webhook:
     url: http or https; a user and password in it are sent as basic authentication.
     deadline: how many seconds the last posts may take at exit.
 
-    Raise ValueError when the URL is invalid, and TypeError when `monitor` is not a monitor.
+    Raise ValueError when the URL is invalid or `monitor` is not a monitor.
     """
     return Webhook(monitor, url, deadline)
