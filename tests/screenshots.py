@@ -20,13 +20,13 @@ FIRST_ANSWER_MS = 60_000.0
 TROUBLE_MS = 120_000.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # so that the runs leave each other, and the browser, some processor time
 
+TRAINER = (sys.executable, "-m", "tests.end_to_end.trainer")
 PPO = (str(Path(sys.executable).with_name("esper")), "ppo", "--episodes", "1000000")
 RUNS = {
     "healthy": PPO,
-    # It goes on with 2 Inf, so that its weights turn NaN, and dies of them; the exporter stays up for a last scrape.
-    "warning": (*PPO, "--inject", "inf:2@600:action_net.weight", "--linger", "600"),
+    "warning": (*TRAINER, "--inject", "inf:2@600:2.weight", "--window", "3600"),  # PPO would soon die of 2 Inf
     "critical": (*PPO, "--inject", "nan:7@800:action_net.weight", "--on-critical", "skip"),
-    "not_measuring": (sys.executable, "-m", "tests.end_to_end.trainer", "--wait"),
+    "not_measuring": (*TRAINER, "--wait"),
 }
 
 

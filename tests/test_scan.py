@@ -9,6 +9,7 @@ from esper_telemetry.health import total_norm
 from esper_telemetry.scan import scan
 from esper_telemetry.scan.cpu import CHUNK, scan_cpu
 from esper_telemetry.scan.device import scan_device
+from esper_telemetry.scan.layouts import local_numel
 from tests.gradients import FLOAT8, expected_counts, gradients, lay_out
 
 KERNELS = [scan_cpu, scan_device]
@@ -31,6 +32,15 @@ def test_counts_equal_isinf_and_isnan_for_every_dtype_and_layout(kernel, given_g
         else:
             assert counts(found, index) == expected_counts(gradient)
     assert found.elements == sum(gradient.numel() for gradient in given_gradients if gradient is not None)
+
+
+@settings(deadline=None)
+@given(several=st.lists(gradients(), min_size=1, max_size=5))
+def test_gradients_scanned_together_are_told_apart(several):
+    apart = scan_cpu(several).apart([local_numel(each) for each in several])
+    for found, alone in zip(apart, [scan_cpu([each]) for each in several], strict=True):
+        assert (found.bad, found.elements) == (alone.bad, alone.elements)
+        assert found.norms == pytest.approx(alone.norms, rel=1e-6, nan_ok=True)
 
 
 @conformance

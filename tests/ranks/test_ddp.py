@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from esper_telemetry import GradientMonitor, watch
 from tests.ranks.models import batch, faulty_mlp, seen, true_counts
@@ -23,7 +26,7 @@ def train(rank, make, bad_in=(1, 3), steps=4, value=float("nan"), count=7):
     found = []
     for step in range(steps):
         faulty.bad, faulty.value = (count if rank == BAD_RANK and step in bad_in else 0), value
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=step < 2)
         model(batch(rank)).sum().backward()
         found.append((seen(monitor), true_counts(inner)))
         if not any(found[-1][1]):
@@ -52,6 +55,19 @@ def _bf16(state, bucket):
     return default_hooks.bf16_compress_hook(None, bucket)
 
 
+def _at_once(state, bucket):
+    dist.all_reduce(bucket.buffer())
+    reduced = torch.futures.Future()
+    reduced.set_result(bucket.buffer().div_(dist.get_world_size()))
+    return reduced
+
+
+def in_place_at_once(inner):
+    model = DistributedDataParallel(inner, gradient_as_bucket_view=True, bucket_cap_mb=0.0001)
+    model.register_comm_hook(None, _at_once)
+    return model, watch(model)
+
+
 def inner_before(inner):
     monitor = watch(inner)
     return DistributedDataParallel(inner), monitor
@@ -62,15 +78,42 @@ def inner_after(inner):
     return model, watch(inner)
 
 
+class Checkpointed(nn.Module):
+    """Make the last gradients in a pass within the pass, and let DDP finish there."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, given):
+        return self.inner[2:](checkpoint(self.inner[:2], given.requires_grad_(), use_reentrant=True))
+
+
+def checkpointed(inner):
+    return DistributedDataParallel(Checkpointed(inner)), watch(inner)
+
+
+def delayed(inner):
+    """Let DDP reduce the first layer by itself, when the gradient of the last bias arrives."""
+    options = {
+        "delay_all_reduce_named_params": [(name, each) for name, each in inner.named_parameters() if name[0] == "2"],
+        "param_to_hook_all_reduce": inner[0].bias,
+    }
+    return DistributedDataParallel(inner, **options), watch(inner)
+
+
 VARIANTS = {
     "plain": wrapped(),
     "bucket view": wrapped(gradient_as_bucket_view=True),
+    "bucket view, reduced at once": in_place_at_once,
     "static graph": wrapped(static_graph=True),
     "static graph, bucket view": wrapped(static_graph=True, gradient_as_bucket_view=True),
     "unused parameters": wrapped(find_unused_parameters=True),
     "fp16": hooked(lambda model: model.register_comm_hook(None, default_hooks.fp16_compress_hook)),
     "bf16": hooked(lambda model: model.register_comm_hook(None, _bf16)),
     "small buckets": wrapped(bucket_cap_mb=0.0001),
+    "reentrant checkpoint": checkpointed,
+    "delayed": delayed,
     "the inner model, watched before": inner_before,
     "the inner model, watched after": inner_after,
 }

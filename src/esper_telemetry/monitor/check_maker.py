@@ -84,13 +84,16 @@ class CheckMaker:
             self._latest.snapshot = self._latest.snapshot.carrying_on(before)
             self.seconds = before.monitor_seconds
 
-    def measure_early(self, gradient: Tensor) -> Scan | PendingScan:
-        """Measure a gradient as it arrives."""
+    def measure_early(self, gradients: Sequence[Tensor]) -> list[Scan | PendingScan]:
+        """Measure gradients before their pass ends, each by itself; several must be on the CPU."""
         started = time.perf_counter()
         with self._latest.lock:
-            found = self.scan([gradient.detach()])
+            found = self.scan([gradient.detach() for gradient in gradients])
+        apart: list[Scan | PendingScan] = [found]
+        if isinstance(found, Scan) and len(gradients) > 1:
+            apart = list(found.apart([gradient.numel() for gradient in gradients]))
         self.seconds += time.perf_counter() - started
-        return found
+        return apart
 
     def make(self, gathering: Gathering, ended: Pass, measure: Measure, started: float) -> list[Snapshot]:
         """Make a check, and return the snapshots that are news; what goes wrong is counted, not raised."""

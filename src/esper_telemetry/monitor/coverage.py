@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from esper_telemetry.monitor.held import MeasureEach
 from esper_telemetry.monitor.passes import Arrival, Pass
 from esper_telemetry.monitor.tags import Tag
 from esper_telemetry.scan import PendingScan, Scan, with_early
@@ -15,9 +16,7 @@ from esper_telemetry.scan import PendingScan, Scan, with_early
 Measure = Callable[[Sequence[Tensor | None]], Scan | PendingScan]
 
 
-def look_on_arrival(
-    tag: Tag, gradient: Tensor | None, measure: Callable[[Tensor], Scan | PendingScan]
-) -> Arrival | None:
+def look_on_arrival(tag: Tag, gradient: Tensor | None, measure: MeasureEach) -> Arrival | None:
     """Look at a gradient that has just arrived, and measure it where it may be gone when the pass ends.
 
     That is so in the first pass, which shows what other code does with it; where it was gone or altered before; and
@@ -25,7 +24,7 @@ def look_on_arrival(
     """
     if gradient is None:
         return None
-    found = measure(gradient) if tag.early or tag.has_company else None
+    found = measure([gradient])[0] if tag.early or tag.has_company else None
     return id(gradient), gradient._version, found
 
 

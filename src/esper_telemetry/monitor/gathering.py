@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from esper_telemetry.monitor.coverage import look_on_arrival
+from esper_telemetry.monitor.held import Held, MeasureEach, can_wait
 from esper_telemetry.monitor.outputs import Outputs
 from esper_telemetry.monitor.passes import Pass, Passes, SinceUpdate
 from esper_telemetry.monitor.sharing import Sharing
 from esper_telemetry.monitor.tags import Tag, retag
 from esper_telemetry.monitor.unsharded import Unsharded
 from esper_telemetry.monitor.watched import Watched
-from esper_telemetry.scan import PendingScan, Scan
 from esper_telemetry.scan.layers import Model
 
 
 class Gathering:
     """Know what a model's parameters are, and what has arrived there.
 
-    measure: measures gradients that may not stay, as they arrive.
+    measure: measures gradients that may not stay, as they arrive, each by itself.
     fail: takes note of an exception, which never reaches the training loop.
     share: says how the watched parameters are spread over ranks.
     """
@@ -29,11 +29,12 @@ class Gathering:
     def __init__(
         self,
         model: Model,
-        measure: Callable[[Tensor], Scan | PendingScan],
+        measure: MeasureEach,
         fail: Callable[[str], None],
         share: Callable[[Watched], Sharing],
     ) -> None:
         self._measure = measure
+        self._held = Held(measure, fail)
         self._fail = fail
         self._passes: Passes | None = None
         self._since_update = SinceUpdate(self._begin)
@@ -151,8 +152,13 @@ class Gathering:
     def _arrive_whole(self, tag: Tag, parameter: Tensor) -> None:
         """Take in what this rank's own backward made, before it is reduced."""
         try:
-            if tag.own is not None and parameter.grad is not None and not self._pauses:
-                tag.own.append(self._measure(parameter.grad))
+            gradient = parameter.grad
+            if tag.own is None or gradient is None or self._pauses:
+                return
+            if tag.fleeting or not can_wait(gradient):
+                tag.own += self._measure([gradient])
+            else:
+                self._held.add(tag.own, gradient)
         except Exception:
             self._fail("a gradient could not be measured as it arrived")
 

@@ -19,11 +19,12 @@ _MOST = 64  # passes that died half-way never end; no more than these are rememb
 Arrival = tuple[int, int, Scan | PendingScan | None]
 """What a gradient was when it arrived: its id, its version, and what was measured of it then, if anything."""
 
-_task_id = torch._C._current_graph_task_id
+task_id = torch._C._current_graph_task_id
+"""Return the number of the backward pass in which this thread is, -1 in none."""
 
 
-def _queue(callback: Callable[[], None]) -> None:
-    """Call it when the backward pass that is under way in this thread ends."""
+def at_end_of_pass(callback: Callable[[], None]) -> None:
+    """Call it when the backward pass that is under way in this thread ends, after what was queued before."""
     cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(callback)
 
 
@@ -64,7 +65,7 @@ class SinceUpdate:
 
     def now(self) -> dict[Tag, Arrival | None]:
         """Return what has arrived in the pass in which autograd is; of those before their order is kept."""
-        task = _task_id()
+        task = task_id()
         latest = self._latest
         if task != self._task:
             self._on_begin()
@@ -105,7 +106,7 @@ class Passes:
 
     def now(self) -> dict[Tag, Arrival | None]:
         """Return what has arrived in the pass in which this thread's autograd is."""
-        return (self._under_way.get(_task_id()) or self._begin()).arrived
+        return (self._under_way.get(task_id()) or self._begin()).arrived
 
     def others_than(self, ended: Pass) -> bool:
         """Tell whether a pass is under way besides the one that has ended."""
@@ -114,9 +115,9 @@ class Passes:
     def _begin(self) -> Pass:
         # The id tells one backward pass from the next even when a pass died half-way and never ran its callback.
         # torch's own register_multi_grad_hook(mode="any") keeps an entry per pass for ever.
-        task = _task_id()
+        task = task_id()
         self._on_begin()
-        _queue(partial(self._end, task))
+        at_end_of_pass(partial(self._end, task))
         with self.lock:
             begun = self._under_way[task] = Pass()
             while len(self._under_way) > _MOST:
@@ -129,7 +130,7 @@ class Passes:
         if ended is None:
             return
         if hops < self._hops():
-            _queue(partial(self._end, task, hops + 1))
+            at_end_of_pass(partial(self._end, task, hops + 1))
             return
         try:
             node = torch._C._current_autograd_node()
@@ -146,6 +147,6 @@ class Passes:
     def _go_on_after(self, node: Node, inner: Pass) -> None:
         def go_on(_: object) -> None:
             handle.remove()
-            (self._under_way.get(_task_id()) or self._begin()).take_in(inner)
+            (self._under_way.get(task_id()) or self._begin()).take_in(inner)
 
         handle = node.register_prehook(go_on)

@@ -93,8 +93,9 @@ class Sharing:
         self._shares = list_shares(self._names, parameters, wrappers, self._replicas)
         attributes = self._attributes
         for tag, share in zip(self._watched.tags, self._shares, strict=True):
-            tag.reduced = share.local in (Local.ARRIVING, Local.UNSEEN)
-            tag.own = [] if attributes and share.local in (Local.ARRIVING, Local.UNSHARDED) else None
+            tag.reduced = share.local in (Local.ARRIVING, Local.FLEETING, Local.UNSEEN)
+            tag.own = [] if attributes and share.local not in (Local.SAME, Local.UNSEEN) else None
+            tag.fleeting = share.local is Local.FLEETING
         return wrappers
 
 
@@ -144,5 +145,6 @@ _WHOLE = {when: GradScope("whole", True, when) for when in ("backward", "update"
 
 def _worst(scans: Sequence[Scan | PendingScan]) -> tuple[int, int]:
     """Return the most Inf and NaN elements that one of these scans of one gradient found."""
-    bad = [(each if isinstance(each, Scan) else each.result()).bad.get(0, (0, 0)) for each in scans]
-    return max(inf for inf, _ in bad), max(nan for _, nan in bad)
+    found = [each if isinstance(each, Scan) else each.result() for each in scans]
+    bad = [each.bad[0] for each in found if each.bad]
+    return max((inf for inf, _ in bad), default=0), max((nan for _, nan in bad), default=0)

@@ -26,11 +26,12 @@ class Tag:
     thread: the thread in which its last backward pass ended; None before the first.
     early: whether its gradient is to be measured as it arrives, because it may be gone when the pass ends.
     reduced: whether what arrives is this rank's own, and becomes that of all ranks before the pass ends.
+    fleeting: whether what arrives has to be measured at once, as it is reduced in place.
     own: what was measured of this rank's own gradient since the last check, where it is reduced; None where nobody
         wants to know.
     """
 
-    __slots__ = ("early", "hooks", "index", "own", "reduced", "thread")
+    __slots__ = ("early", "fleeting", "hooks", "index", "own", "reduced", "thread")
 
     def __init__(self, hooks: dict[int, Any]) -> None:
         self.hooks = hooks
@@ -38,6 +39,7 @@ class Tag:
         self.thread: int | None = None
         self.early = True
         self.reduced = False
+        self.fleeting = False
         self.own: list[Scan | PendingScan] | None = None
 
     @property

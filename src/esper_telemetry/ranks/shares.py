@@ -21,7 +21,9 @@ class Local(Enum):
     SAME = "same"
     """It is not reduced, or what reduces it comes after the check."""
     ARRIVING = "arriving"
-    """It is what arrives on the parameter, and is reduced before the pass ends."""
+    """It is what arrives on the parameter, and stays there until the gradients of the pass are all reduced."""
+    FLEETING = "fleeting"
+    """It is what arrives on the parameter, and is written over by the reduction, maybe at once."""
     UNSHARDED = "unsharded"
     """It arrives on the whole parameter, of which the listed one is a shard."""
     UNSEEN = "unseen"
@@ -102,12 +104,17 @@ class _Around:
 
     def _take_in_ddp(self, ddp: Any) -> None:
         first = dist.get_rank(ddp.process_group) == 0
+        in_place = ddp.gradient_as_bucket_view or ddp.mixed_precision is not None
+        local = Local.FLEETING if in_place else Local.ARRIVING
+        delayed = set(map(id, getattr(ddp, "_delay_all_reduce_params", ())))
         for name, parameter in ddp.module.named_parameters():
-            if name in ddp.parameters_to_ignore:
+            if id(parameter) in delayed:
+                self._shares[id(parameter)] = Share("replica", first, Local.FLEETING, first)
+            elif name in ddp.parameters_to_ignore:
                 self._shares.setdefault(id(parameter), Share("shard", True))
             else:
                 scope = "shard" if _is_dtensor(parameter) else "replica"
-                self._shares[id(parameter)] = Share(scope, first, Local.ARRIVING, first)
+                self._shares[id(parameter)] = Share(scope, first, local, first)
 
 
 def _of_fsdp1(fsdp: Any) -> Share:

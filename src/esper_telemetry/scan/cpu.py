@@ -70,17 +70,14 @@ def _scan(gradients: Sequence[Tensor | None]) -> Scan:
     for index, gradient in enumerate(gradients):
         if gradient is None:
             continue
-        if (
-            type(gradient) is Tensor
-            and gradient.layout is torch.strided
-            and gradient.dtype in _NORMED
-            and (numel := gradient.numel()) <= CHUNK
-        ):
-            elements += numel
-            small.append((index, gradient))
+        plain = type(gradient) is Tensor and gradient.layout is torch.strided
+        stored = gradient if plain else materialize(gradient)
+        numel = stored.numel()
+        elements += numel if plain else local_numel(gradient)
+        if numel <= CHUNK and stored.dtype in _NORMED and type(stored) is Tensor:
+            small.append((index, stored))
         else:
-            elements += local_numel(gradient)
-            norms[index] = _inspect(materialize(gradient), index, bad)
+            norms[index] = _inspect(stored, index, bad)
     for (index, gradient), norm in _small_norms(small):
         norms[index] = norm if math.isfinite(norm) else _inspect(gradient, index, bad)
     return Scan(norms, bad, elements)

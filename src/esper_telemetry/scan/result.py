@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,14 @@ class Scan:
     elements: int
     dead_layers: int | None = None
     exploding_layers: int | None = None
+
+    def apart(self, numels: Sequence[int]) -> list[Scan]:
+        """Return what was found in each gradient, of so many elements, as if it had been looked at alone."""
+        bad = self.bad
+        return [
+            Scan([norm], {0: bad[index]} if index in bad else {}, numel)
+            for index, (norm, numel) in enumerate(zip(self.norms, numels, strict=True))
+        ]
 
     @property
     def inf_count(self) -> int:
