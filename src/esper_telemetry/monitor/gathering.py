@@ -155,7 +155,8 @@ class Gathering:
             gradient = parameter.grad
             if tag.own is None or gradient is None or self._pauses:
                 return
-            if tag.fleeting or not can_wait(gradient):
+            in_bucket = tag.fleeting and gradient._is_view()
+            if in_bucket or not can_wait(gradient):
                 tag.own += self._measure([gradient])
             else:
                 self._held.add(tag.own, gradient)

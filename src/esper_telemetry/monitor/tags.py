@@ -26,7 +26,7 @@ class Tag:
     thread: the thread in which its last backward pass ended; None before the first.
     early: whether its gradient is to be measured as it arrives, because it may be gone when the pass ends.
     reduced: whether what arrives is this rank's own, and becomes that of all ranks before the pass ends.
-    fleeting: whether what arrives has to be measured at once, as it is reduced in place.
+    fleeting: whether what arrives may lie in a bucket, and is then to be measured at once: it is reduced in place.
     own: what was measured of this rank's own gradient since the last check, where it is reduced; None where nobody
         wants to know.
     """

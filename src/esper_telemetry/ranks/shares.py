@@ -23,7 +23,7 @@ class Local(Enum):
     ARRIVING = "arriving"
     """It is what arrives on the parameter, and stays there until the gradients of the pass are all reduced."""
     FLEETING = "fleeting"
-    """It is what arrives on the parameter, and is written over by the reduction, maybe at once."""
+    """It is what arrives on the parameter, and may lie in a bucket already, which is reduced maybe at once."""
     UNSHARDED = "unsharded"
     """It arrives on the whole parameter, of which the listed one is a shard."""
     UNSEEN = "unseen"
