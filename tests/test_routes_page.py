@@ -167,6 +167,18 @@ def test_the_page_shows_how_training_goes(page, source):
     expect(page.locator("#progress-card")).to_be_hidden()
 
 
+def test_the_page_shows_why_steps_were_not_taken(page, source):
+    source.snapshot = after_check(skipped_updates={"amp": 0, "intervention": 3, "rewind": 2, "engine": 1})
+    shows(page, "healthy")
+    expect(page.locator("#facts")).to_contain_text(
+        "Skipped by intervention3Rewound to a good state2Skipped by the engine1"
+    )
+    source.snapshot = after_check(skipped_updates={"amp": 0, "intervention": 3, "rewind": 0})
+    page.evaluate("poll()")
+    expect(page.locator("#facts")).not_to_contain_text("Rewound")
+    expect(page.locator("#facts")).not_to_contain_text("engine")
+
+
 class SubPath(http.server.BaseHTTPRequestHandler):
     """Stand for a reverse proxy that serves an exporter below a path of its own."""
 

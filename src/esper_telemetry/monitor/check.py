@@ -78,10 +78,9 @@ class Check(NamedTuple):
         names = self.names
         unmeasured = tuple(names[index] for index in self.unmeasured)
         layers = self._layers(found.bad)
-        bad_layers = sum(1 << index for index in found.bad)
         news = {
             "unmeasured_layers": unmeasured,
-            "recent": before.recent.after(now, layers, bad_layers, len(unmeasured)),
+            "recent": before.recent.after(now, layers, _bits(found.bad), len(unmeasured)),
         }
         if not found.bad:
             return news
@@ -103,12 +102,17 @@ class Check(NamedTuple):
             return {"local": before.local and before.local.unmeasured()}
         local = before.local or LocalCheck(0, 0, RecentWindow(before.recent.seconds))
         origin = self.names[by_arrival(bad, self.order)[0]] if bad else None
-        return {"local": local.after(now, self._layers(bad), sum(1 << index for index in bad), origin)}
+        return {"local": local.after(now, self._layers(bad), _bits(bad), origin)}
 
     def _layers(self, bad: Bad) -> tuple[LayerCounts, ...]:
         return worst_first(
             LayerCounts(self.names[index], inf, nan, self.layers[index].numel()) for index, (inf, nan) in bad.items()
         )
+
+
+def _bits(bad: Bad) -> int:
+    """Return a number with a bit for each bad layer."""
+    return sum(1 << index for index in bad)
 
 
 def amp_news(before: Snapshot, state: AmpState) -> dict[str, Any]:
