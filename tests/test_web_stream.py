@@ -171,17 +171,21 @@ def test_a_client_that_is_refused_is_told_why(context):
     converse(serve, client)
 
 
-def test_a_client_that_goes_without_a_word_is_an_error(context):
+def test_a_client_that_goes_without_a_word_is_an_end_or_an_error(context):
     async def serve(wire):
-        with pytest.raises(OSError, match=r"EOF"):
-            await (await open_tls(context, wire)).read()
+        stream = await open_tls(context, wire)
+        try:
+            return await stream.read()
+        except OSError as error:  # older Pythons ask OpenSSL to take it for an end
+            return error
 
     def client(wire):
         wire = trusting(wire)
         wire.shutdown(socket.SHUT_WR)  # below TLS
         receive_all(wire)
 
-    converse(serve, client)
+    served, _ = converse(serve, client)
+    assert served == b"" or "EOF" in str(served)
 
 
 def test_a_client_leaves_nothing_for_the_garbage_collector(context):
