@@ -176,7 +176,7 @@ def test_a_client_that_goes_without_a_word_is_an_end_or_an_error(context):
         stream = await open_tls(context, wire)
         try:
             return await stream.read()
-        except OSError as error:  # older Pythons ask OpenSSL to take it for an end
+        except OSError as error:  # not so in older Pythons, which ask OpenSSL to take it for an end
             return error
 
     def client(wire):
