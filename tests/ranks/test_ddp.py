@@ -94,7 +94,7 @@ def checkpointed(inner):
 
 
 def delayed(inner):
-    """Let DDP reduce the first layer by itself, when the gradient of the last bias arrives."""
+    """Let DDP reduce the middle layer by itself, when the gradient of the first layer's bias arrives."""
     options = {
         "delay_all_reduce_named_params": [(name, each) for name, each in inner.named_parameters() if name[0] == "2"],
         "param_to_hook_all_reduce": inner[0].bias,
