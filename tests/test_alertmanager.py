@@ -53,6 +53,12 @@ def test_the_templates_stand_beside_the_file_that_names_them(tmp_path: Path) -> 
     assert "1 templates" in amtool("check-config", str(rendered)).stdout
 
 
+def test_a_page_waits_until_every_rank_was_scraped_and_judged_again() -> None:
+    times = yaml.safe_load(configs.PROMETHEUS.read_text())["global"]
+    longest = max(int(times[each].removesuffix("s")) for each in ("scrape_interval", "evaluation_interval"))
+    assert int(yaml.safe_load(CONFIG.read_text())["route"]["group_wait"].removesuffix("s")) > longest
+
+
 @pytest.mark.parametrize("file", [CONFIG, configs.TEMPLATES], ids=lambda file: file.name)
 def test_every_link_is_one_that_is_set_at_installation(file: Path) -> None:
     addresses = yaml.safe_load((CONFIG.parents[1] / "addresses.yml").read_text())

@@ -24,7 +24,7 @@ def replace_all(text: str, replacements: Mapping[str, str]) -> str:
 
 
 def alertmanager_config(
-    folder: Path, receiver: str, *, group_wait: str = "5s", group_interval: str = "1m", token: str = "local"
+    folder: Path, receiver: str, *, group_wait: str = "8s", group_interval: str = "1m", token: str = "local"
 ) -> Path:
     """Write the Alertmanager configuration with every receiver at one URL: /page, /pagerduty, /slack and /alive.
 
@@ -42,7 +42,7 @@ def alertmanager_config(
             "/etc/alertmanager/secrets": str(secrets),
             "https://events.pagerduty.com/v2/enqueue": f"{receiver}/pagerduty",
             "http://pager:19309": receiver,
-            "group_wait: 5s": f"group_wait: {group_wait}",
+            "group_wait: 8s": f"group_wait: {group_wait}",
             "group_interval: 1m": f"group_interval: {group_interval}",
         },
     )

@@ -25,7 +25,8 @@ class Stack:
         self.folder = folder
         self._exit = ExitStack()
         self.pager = self._exit.enter_context(Pager())
-        config = configs.alertmanager_config(folder / "am", self.pager.url, group_wait="1s", group_interval="1s")
+        wait = "4s" if leader else "1s"  # the ranks of a run are scraped, and seen to be bad, one after another
+        config = configs.alertmanager_config(folder / "am", self.pager.url, group_wait=wait, group_interval="1s")
         self.alertmanager = self._exit.enter_context(servers.alertmanager(config, folder / "am"))
         self._folders = [folder / f"prom-{number}" for number in range(prometheus_count)]
         self.prometheus = []
