@@ -11,6 +11,7 @@ import yaml
 from esper_telemetry import __all__ as public
 from esper_telemetry.metrics import METRICS
 
+pytestmark = pytest.mark.xdist_group("docs")  # one process, so that the pages are built once
 ROOT = Path(__file__).parents[1]
 OFFLINE = """
 import runpy, socket, sys
