@@ -128,7 +128,7 @@ def test_every_public_function_is_tried():
 @pytest.mark.parametrize(
     ("entrance", "name"), [(entrance, name) for entrance, taken in ENTRANCES.items() for name in taken]
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @example(anything=Strange())
 @example(anything="\n")
 @given(anything=ANYTHING)

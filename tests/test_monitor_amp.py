@@ -518,7 +518,7 @@ def test_by_hand_the_first_update_after_unscale_is_of_unscaled_gradients():
         scaler.update()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     steps=st.lists(st.tuples(st.sampled_from("GD"), st.integers(0, 9)), min_size=1, max_size=12),
     known=st.booleans(),

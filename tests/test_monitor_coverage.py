@@ -412,7 +412,7 @@ class TestModelsThatChange:
         old(torch.ones(1, 5)).sum().backward()
         assert monitor.snapshot.checks == 1
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(data=st.data())
     def test_whatever_happens_a_bad_element_is_counted_or_its_layer_is_unmeasured(self, data):
         model = network(data.draw(st.lists(st.integers(1, 6), max_size=3)))

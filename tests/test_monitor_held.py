@@ -2,7 +2,7 @@ import math
 from unittest import mock
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +40,6 @@ def hold(parameters, holder):
     return found
 
 
-@settings(deadline=None)
 @given(
     layers=st.lists(st.tuples(st.integers(1, 50), st.sampled_from([1.0, math.inf, math.nan])), min_size=1, max_size=8),
     most=st.integers(1, 100),

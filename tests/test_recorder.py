@@ -455,7 +455,7 @@ class TestReading:
         assert "\n" not in str(error.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(gradients())
 def test_the_first_bad_elements_are_torchs_in_the_gradients_own_shape(gradient):
     dense = gradient.coalesce().to_dense() if gradient.is_sparse else gradient

@@ -21,7 +21,7 @@ def counts(found, index=0):
 
 
 @conformance
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(given_gradients=st.lists(st.one_of(st.none(), gradients()), max_size=5))
 def test_counts_equal_isinf_and_isnan_for_every_dtype_and_layout(kernel, given_gradients):
     found = kernel(given_gradients)
@@ -34,7 +34,6 @@ def test_counts_equal_isinf_and_isnan_for_every_dtype_and_layout(kernel, given_g
     assert found.elements == sum(gradient.numel() for gradient in given_gradients if gradient is not None)
 
 
-@settings(deadline=None)
 @given(several=st.lists(gradients(), min_size=1, max_size=5))
 def test_gradients_scanned_together_are_told_apart(several):
     apart = scan_cpu(several).apart([local_numel(each) for each in several])
@@ -44,7 +43,6 @@ def test_gradients_scanned_together_are_told_apart(several):
 
 
 @conformance
-@settings(deadline=None)
 @given(gradient=gradients())
 def test_a_norm_is_finite_exactly_when_every_element_is(kernel, gradient):
     (norm,) = kernel([gradient]).norms
@@ -83,7 +81,7 @@ def test_more_than_2_to_the_24_bad_elements_are_exact(kernel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(bad_chunks=st.lists(st.sampled_from([1.0, 3e38, math.inf, -math.inf, math.nan]), min_size=33, max_size=33))
 def test_every_pattern_of_bad_chunks_is_exact(dtype, bad_chunks):
     gradient = torch.ones(32 * CHUNK + 7, dtype=dtype)

@@ -13,7 +13,7 @@ from tests.gradients import FLOAT8, gradients
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values=st.lists(floats, min_size=1, max_size=50))
 @example(values=[2.0**127, 2.0**127])  # their sum is no float32
 @example(values=[3.034874775330965e35] * 3)  # the square of what rounding leaves of their mean is none
@@ -56,7 +56,7 @@ def test_the_zeros_that_a_sparse_gradient_leaves_out_are_elements():
     assert (stats.min, stats.max) == (0.0, 6.0)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(gradient=gradients(), factor=st.sampled_from([0.0, 1.0, 8.0, 100.0]))
 def test_dead_and_exploding_layers_are_those_that_full_statistics_find(gradient, factor):
     if gradient.dtype not in FLOAT8:

@@ -63,7 +63,7 @@ def scan(*given_gradients):
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     given_gradients=st.lists(
         st.one_of(st.none(), gradients().filter(lambda gradient: not gradient.is_complex())), max_size=4

@@ -295,7 +295,7 @@ def test_infinities_in_running_statistics_are_never_meant():
     assert watch(model).snapshot.damage == "buffers"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_each_element_is_counted_where_it_is(data):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))

@@ -352,7 +352,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(requests=st.lists(REQUESTS | st.binary(max_size=200), min_size=1, max_size=3), pieces=st.integers(1, 4))
 def test_no_request_crashes_the_server(tireless, requests, pieces):
     sent = b"".join(requests)

@@ -149,7 +149,7 @@ DOCUMENTS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(DOCUMENTS)
 def test_no_document_crashes_the_parser(document):
     import yaml
@@ -157,7 +157,7 @@ def test_no_document_crashes_the_parser(document):
     parse_or_refuse(yaml.safe_dump(document).encode())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | st.text("{}[]:,&*!|>'\"%@`#-? \n\tab~<=0123456789.", max_size=60).map(str.encode))
 def test_no_bytes_crash_the_parser(content):
     parse_or_refuse(content)
