@@ -69,9 +69,9 @@ def largest(metric: str, *by: str, window: str = STEP) -> str:
     return named(f"max_over_time({select(metric)}[{window}])", *by, window=window)
 
 
-def latest(metric: str) -> str:
+def latest(metric: str, *by: str) -> str:
     """Return the value at each point, per instance, for what is a state and not a peak."""
-    return named(select(metric))
+    return named(select(metric), *by)
 
 
 def rate(metric: str) -> str:
@@ -189,7 +189,7 @@ def seconds_since(metric: str) -> str:
 
 def damaged_tensors() -> str:
     """Return the tensors that held a bad element at the last scan, the worst first."""
-    return f"topk({ROWS}, {named(select('esper_damaged_tensor_elements'), 'part', 'tensor')})"
+    return f"topk({ROWS}, {latest('esper_damaged_tensor_elements', 'part', 'tensor')})"
 
 
 def bad_layers(metric: str) -> str:

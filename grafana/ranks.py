@@ -28,16 +28,18 @@ def panels() -> list[Placed]:
     return [
         Placed(_runs(), 0, 0, 12, 7),
         Placed(_at_fault(), 12, 0, 12, 7),
-        Placed(_over_time(), 0, 7, 21, 16),
-        Placed(_shown(), 21, 7, 3, 16),
+        Placed(_damaged(), 0, 7, 24, 5),
+        Placed(_over_time(), 0, 12, 21, 16),
+        Placed(_shown(), 21, 12, 3, 16),
     ]
 
 
 def _runs() -> Panel:
     panel = listing(
         "Runs of several ranks",
-        "Each run as its rank 0 counts it: how many of its ranks report, are gone, and were bad before any reduction, "
-        "and the worst single check of the whole run in the last 5 minutes, each element counted once. Normal is that "
+        "Each run as its rank 0 counts it: how many of its ranks report, are gone, were bad before any reduction, and hold "
+        "Inf or NaN in their part of the model; "
+        "then the worst single check of the whole run in the last 5 minutes, each element counted once. Normal is that "
         "all ranks report and the rest is 0; a dash means not known.",
         cells(latest("esper_ranks_reporting"), "A"),
         cells(latest("esper_ranks_expected"), "B"),
@@ -45,12 +47,14 @@ def _runs() -> Panel:
         cells(largest("esper_bad_ranks", window=q.WINDOW), "D"),
         cells(largest("esper_global_nan_grad_recent_max", window=q.WINDOW), "E"),
         cells(largest("esper_global_inf_grad_recent_max", window=q.WINDOW), "F"),
+        cells(latest("esper_damaged_ranks"), "G"),
         columns={
             "run_id": "Run",
             "Value #A": "Report",
             "Value #B": "Ranks",
             "Value #C": "Gone",
             "Value #D": "Bad",
+            "Value #G": "Damaged",
             "Value #E": "NaN",
             "Value #F": "Inf",
             "instance": "Rank 0",
@@ -59,7 +63,7 @@ def _runs() -> Panel:
         no_value="No run of several ranks",
     )
     alarm = ((None, CALM), (1, RED))
-    for name in ("Gone", "Bad"):
+    for name in ("Gone", "Bad", "Damaged"):
         panel = column(panel, name, steps=alarm, cell={"type": "color-text"}, noValue="-", width=70)
     return count_column(count_column(panel, "NaN"), "Inf")
 
@@ -73,20 +77,45 @@ def _at_fault() -> Panel:
         cells(largest("esper_rank_origin_layer", "rank", "host", "layer", window=q.WINDOW), "A"),
         cells(q.bad_ranks("nan"), "B"),
         cells(q.bad_ranks("inf"), "C"),
+        cells(largest("esper_rank_cause", "rank", "host", "cause", window=q.WINDOW), "D"),
         columns={
             "Value #A": "Place",
             "rank": "Rank",
             "host": "Host",
             "layer": "First in layer",
+            "cause": "Began in",
             "Value #B": "NaN",
             "Value #C": "Inf",
             "run_id": "Run",
+            "Value #D": "D",
         },
         first="Place",
         descending=False,
         no_value="No rank is bad",
     )
+    panel = column(column(panel, "Began in", noValue="-"), "D", **{"custom.hidden": True})
     return count_column(count_column(panel, "NaN"), "Inf")
+
+
+def _damaged() -> Panel:
+    panel = listing(
+        "Damaged ranks",
+        "The worst five ranks of each run that hold Inf or NaN in their part of the model: how many elements of the "
+        "worst damaged part, and its worst tensor. Normal is an empty list. The runbook of EsperModelDamaged says what "
+        "to do.",
+        cells(latest("esper_rank_damaged_elements", "rank", "host", "part", "tensor"), "A"),
+        columns={
+            "rank": "Rank",
+            "host": "Host",
+            "part": "Part",
+            "tensor": "Worst tensor",
+            "Value": "Elements",
+            "run_id": "Run",
+        },
+        first="Elements",
+        no_value="No rank is damaged",
+    )
+    return column(panel, "Elements", unit="locale", width=100)
 
 
 def _over_time() -> Panel:

@@ -8,7 +8,7 @@ from esper_telemetry.snapshot.damage import Damage, GoodCheck
 from esper_telemetry.snapshot.heads import WatchedHeads
 from esper_telemetry.snapshot.ppo_update import PPOUpdatePayload
 from esper_telemetry.snapshot.rank_share import GradScope, LocalCheck
-from esper_telemetry.snapshot.ranks import BadRank, RankPlace, Ranks
+from esper_telemetry.snapshot.ranks import BadRank, DamagedRank, RankPlace, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 from esper_telemetry.snapshot.train_progress import TrainProgress
 
@@ -28,7 +28,7 @@ def fresh():
     return Snapshot.before_first_check(RUN, 120.0)
 
 
-def of_ranks(inf=2, nan=0, timestamp=1.7e9):
+def of_ranks(inf=2, nan=0, timestamp=1.7e9, damaged=()):
     """Return what rank 0 knows of two ranks, of which the other one is bad."""
     return Ranks(
         expected=2,
@@ -38,7 +38,11 @@ def of_ranks(inf=2, nan=0, timestamp=1.7e9):
         recent=RecentWindow(120.0).after(NOW, (LayerCounts("", inf, nan, 0),), 0),
         exact=True,
         attributed=True,
-        bad=(BadRank(1, "gpu-7", inf, nan, "policy.weight", 40, timestamp, NOW),) if inf or nan else (),
+        bad=(BadRank(1, "gpu-7", inf, nan, "policy.weight", 40, timestamp, NOW, "input"),) if inf or nan else (),
+        scanned=True,
+        damaged=damaged,
+        good=not (inf or nan),
+        last_good=GoodCheck(37, timestamp - 3, None) if inf or nan else None,
         places=(RankPlace(0, 0, "box", "10.0.0.1:19301"), RankPlace(1, 0, "gpu-7", "10.0.0.2:19301")),
         leader="http://10.0.0.1:19301",
     )
@@ -104,4 +108,5 @@ def damaged():
             parameters=(LayerCounts("policy.weight", 0, 3, 64),),
             optimizer=(LayerCounts("exp_avg of policy.weight", 1, 3, 64),),
         ),
+        ranks=of_ranks(damaged=(DamagedRank(1, "gpu-7", "parameters", 3, "policy.weight"),)),
     )

@@ -105,7 +105,10 @@ def test_rules_fire_when_they_must_and_at_nothing_else(file: Path) -> None:
     [
         ("nonfinite.yml", '"inf"} > 5', '"inf"} > 6'),
         ("nonfinite.yml", '"nan"} > 0', '"nan"} >= 0'),
-        ("damaged.yml", "instance:esper_model:damage > 0", "instance:esper_model:damage > 1"),
+        ("damaged.yml", "run:esper_model:damage > 0", "run:esper_model:damage > 1"),
+        ("damaged.yml", "esper_global_model_damage[3m]", "esper_global_model_damage[1s]"),
+        ("damaged.yml", "unless on (job, instance) last_over_time(instance:esper_rank:counted[2m])", ""),
+        ("damaged.yml", "last_over_time(instance:esper_rank:counted[2m])", "instance:esper_rank:counted"),
         ("damaged.yml", "0 * (last_over_time(esper_nonfinite_parameters[3m]) == 0)", "0 * esper_nonfinite_parameters"),
         ("layers.yml", "layers >= 3", "layers > 3"),
         ("layers.yml", "changes(esper_checks_total[15m]) > 1", "changes(esper_checks_total[15m]) >= 0"),

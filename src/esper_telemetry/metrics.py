@@ -227,6 +227,36 @@ RANK_ORIGIN_LAYER = _gauge(
     "Order in which the rank went bad, 1 for the first, with the layer where it began; the worst 5 ranks only.",
     labels=("rank", "host", "layer"),
 )
+RANK_CAUSE = _gauge(
+    "esper_rank_cause",
+    "Order in which the rank went bad, 1 for the first, with where its trouble began; the worst 5 ranks only.",
+    labels=("rank", "host", "cause"),
+)
+GLOBAL_MODEL_DAMAGE = _gauge(
+    "esper_global_model_damage",
+    "Worst damage on any rank: 0 intact, 1 optimizer state, 2 buffers, 3 parameters; NaN before the first scan.",
+)
+DAMAGED_RANKS = _gauge(
+    "esper_damaged_ranks",
+    "Ranks whose part of the model holds Inf or NaN; NaN before the first scan.",
+    "{rank}",
+)
+RANK_DAMAGED_ELEMENTS = _gauge(
+    "esper_rank_damaged_elements",
+    "Bad elements in the worst damaged part of the rank's model, with its worst tensor; the worst 5 ranks only.",
+    "{element}",
+    ("rank", "host", "part", "tensor"),
+)
+GLOBAL_LAST_GOOD_CHECK = _gauge(
+    "esper_global_last_good_check_timestamp_seconds",
+    "Time of the last check that was good on every rank; from rank 0.",
+    "s",
+)
+GLOBAL_CHECKS_SINCE_GOOD = _gauge(
+    "esper_global_checks_since_last_good_check",
+    "Checks since the last one that was good on every rank; from rank 0.",
+    "{check}",
+)
 RUN_ENDED = _gauge("esper_run_ended", "1 after the monitor was closed; no more checks will follow.")
 RUN_INFO = _gauge(
     "esper_run_info", "Identity of the run behind this target.", labels=("run_id", "rank", "world_size", "host", "pid")

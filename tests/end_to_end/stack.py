@@ -92,7 +92,7 @@ class Stack:
         for server in self.prometheus:
             until(f"{url} is scraped", lambda server=server: query(server, f'up{{instance="{instance}"}} == 1'))
 
-    def wait_for_page(self, seconds=40):
+    def wait_for_page(self, seconds=120):
         """Wait for a firing page and return its alerts."""
         until("a page arrives", lambda: self.pager.pages(), seconds)
         return self.pager.pages()[0]["alerts"]

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 from esper_telemetry import arguments, metrics
 from esper_telemetry.metrics import Metric
 from esper_telemetry.snapshot import Snapshot
-from esper_telemetry.snapshot.ranks import Ranks, worst_of
+from esper_telemetry.snapshot.damage import severity_of
+from esper_telemetry.snapshot.ranks import WORST, Ranks, worst_of
 from esper_telemetry.snapshot.recent import MAX_LAYERS
 
 version = cache(metadata.version)  # it reads a file
@@ -54,7 +55,9 @@ def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sampl
     yield from _ppo(snapshot)
     yield from _progress(snapshot)
     if snapshot.ranks is not None and snapshot.run.rank == 0:
-        yield from _ranks(snapshot.ranks, time.monotonic() if now is None else now)
+        at = time.monotonic() if now is None else now
+        yield from _ranks(snapshot.ranks, at)
+        yield from _run_verdict(snapshot.ranks, snapshot)
     yield from _run(snapshot)
 
 
@@ -183,6 +186,19 @@ def _ranks(ranks: Ranks, now: float) -> Iterator[Sample]:
         yield Sample(metrics.RANK_NONFINITE_GRADS, (*who, "inf"), rank.inf_count)
         yield Sample(metrics.RANK_NONFINITE_GRADS, (*who, "nan"), rank.nan_count)
         yield Sample(metrics.RANK_ORIGIN_LAYER, (*who, rank.layer or ""), place)
+        if rank.cause is not None:
+            yield Sample(metrics.RANK_CAUSE, (*who, rank.cause), place)
+
+
+def _run_verdict(ranks: Ranks, snapshot: Snapshot) -> Iterator[Sample]:
+    damage, good = ranks.damage, ranks.last_good_check(snapshot.last_good_check)
+    yield Sample(metrics.GLOBAL_MODEL_DAMAGE, (), math.nan if damage is None else severity_of(damage))
+    yield Sample(metrics.DAMAGED_RANKS, (), math.nan if damage is None else len(ranks.damaged))
+    for rank in ranks.damaged[:WORST]:
+        labels = (str(rank.rank), rank.host, rank.part, rank.tensor)
+        yield Sample(metrics.RANK_DAMAGED_ELEMENTS, labels, rank.elements)
+    yield Sample(metrics.GLOBAL_LAST_GOOD_CHECK, (), math.nan if good is None else good.timestamp)
+    yield Sample(metrics.GLOBAL_CHECKS_SINCE_GOOD, (), math.nan if good is None else snapshot.checks - good.check)
 
 
 def _run(snapshot: Snapshot) -> Iterator[Sample]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from esper_telemetry.ranks.row import BadCheck, Row
-from esper_telemetry.snapshot.ranks import SHOWN, BadRank, Ranks
+from esper_telemetry.snapshot.damage import INTACT, GoodCheck
+from esper_telemetry.snapshot.ranks import SHOWN, BadRank, DamagedRank, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 
 SILENT_SECONDS = 30.0
@@ -99,6 +100,10 @@ class Board:
             exact=now > self._inexact_until,
             attributed=all(row.attributes for row in rows.values()),
             bad=self._bad_ranks(now),
+            scanned=any(row.state.damage is not None for row in rows.values()),
+            damaged=self._damaged_ranks(),
+            good=all(row.state.good for row in rows.values()),
+            last_good=self._last_good(),
             places=tuple(rows[rank].place for rank in sorted(rows)),
             leader=None,
         )
@@ -141,7 +146,24 @@ class Board:
     def _bad_ranks(self, now: float) -> tuple[BadRank, ...]:
         """Return those of the recent window, the earliest first; forget the others."""
         self._bad = {rank: bad for rank, bad in self._bad.items() if now - bad.last <= self._recent.seconds}
-        return tuple(sorted(self._bad.values(), key=lambda bad: (bad.check, bad.timestamp, bad.rank)))
+        earliest_first = sorted(self._bad.values(), key=lambda bad: (bad.check, bad.timestamp, bad.rank))
+        return tuple(replace(bad, cause=self._rows[bad.rank].state.cause) for bad in earliest_first)
+
+    def _damaged_ranks(self) -> tuple[DamagedRank, ...]:
+        """Return those whose part of the model is damaged, the worst first."""
+        states = ((row.place, row.state) for row in self._rows.values())
+        damaged = (
+            DamagedRank(place.rank, place.host, state.damage, state.elements, state.tensor)
+            for place, state in states
+            if state.damage not in (None, INTACT)
+        )
+        return tuple(sorted(damaged, key=lambda rank: (-rank.severity, -rank.elements, rank.rank)))
+
+    def _last_good(self) -> GoodCheck | None:
+        """Return the last check before any rank was bad; None where a rank never was good, and while all are."""
+        last = [row.state.last_good for row in self._rows.values() if not row.state.good]
+        known = [GoodCheck(check, timestamp, None) for check, timestamp in filter(None, last)]
+        return min(known, key=lambda good: good.check) if known and len(known) == len(last) else None
 
     def _first_silent(self, silent: Iterable[int]) -> tuple[int, ...]:
         never = (rank for rank in range(self._expected) if rank not in self._rows)

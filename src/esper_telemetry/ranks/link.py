@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from esper_telemetry.ranks.board import Board
 from esper_telemetry.ranks.reader import Reader
-from esper_telemetry.ranks.row import BEAT_SECONDS, BadCheck, Row
+from esper_telemetry.ranks.row import BEAT_SECONDS, BadCheck, ModelState, Row
 from esper_telemetry.ranks.store import Place, connect, job_store
 from esper_telemetry.snapshot import Snapshot
 from esper_telemetry.snapshot.ranks import RankPlace, Ranks
@@ -47,11 +47,12 @@ class Link:
     def turn(self, snapshot: Snapshot, bad: tuple[BadCheck, ...], url: str | None, ended: bool) -> None:
         """Write and read what is due."""
         attributes = snapshot.checks == 0 or snapshot.local_inf_count is not None
-        told = (bad, url, ended, attributes)
+        state = ModelState.of(snapshot)
+        told = (bad, url, ended, attributes, state)
         due = time.monotonic() >= self._beat_at + BEAT_SECONDS
         if due or told != self._told:
             place = _at(url, self._place, self._store_place)
-            self._write(Row(place, os.getpid(), self._beat + 1, ended, attributes, bad))
+            self._write(Row(place, os.getpid(), self._beat + 1, ended, attributes, bad, state))
             if told != self._told:
                 self._store.add("news", 1)
             self._told = told

@@ -1,4 +1,4 @@
-"""A rank's row in the job's store: who it is, that it lives, and its last bad checks with their numbers."""
+"""A rank's row in the job's store: who it is, that it lives, its last bad checks, and the state of its model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import astuple
 from typing import NamedTuple
 
 from esper_telemetry.snapshot import Snapshot
+from esper_telemetry.snapshot.damage import INTACT
 from esper_telemetry.snapshot.ranks import RankPlace
 
 BEAT_SECONDS = 5.0
@@ -52,6 +53,37 @@ class BadCheck(NamedTuple):
         return check if check.inf or check.nan or check.local_inf or check.local_nan else None
 
 
+class ModelState(NamedTuple):
+    """Hold what trouble has left of a rank's part of the model; a run that is well never changes it.
+
+    damage: the worst part that is damaged, "intact", or None before the first scan.
+    elements, tensor: the bad elements of that part, and its worst tensor.
+    cause: where the last trouble began.
+    good: whether the last check was good. Else, last_good: number and unix time of the last that was, if any.
+    """
+
+    damage: str | None = None
+    elements: int = 0
+    tensor: str = ""
+    cause: str | None = None
+    good: bool = True
+    last_good: tuple[int, float] | None = None
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> ModelState:
+        """Read the newest verdict."""
+        found, last = snapshot.found_damage, snapshot.last_good_check
+        state = cls(cause=snapshot.cause)
+        if found is not None:
+            state = state._replace(damage=found.word)
+            if found.word != INTACT:
+                tensor = getattr(found, found.word)[0].layer_name
+                state = state._replace(elements=found.elements(found.word), tensor=tensor)
+        if snapshot.checks == (0 if last is None else last.check):
+            return state
+        return state._replace(good=False, last_good=None if last is None else (last.check, last.timestamp))
+
+
 class Row(NamedTuple):
     """Hold all that a rank tells.
 
@@ -66,6 +98,7 @@ class Row(NamedTuple):
     ended: bool
     attributes: bool
     bad: tuple[BadCheck, ...]
+    state: ModelState = ModelState()
 
     def encode(self) -> bytes:
         """Return the row as JSON."""
@@ -74,5 +107,6 @@ class Row(NamedTuple):
     @classmethod
     def decode(cls, text: bytes) -> Row:
         """Read a row. Raise ValueError or TypeError when it is not one."""
-        place, process, beat, ended, attributes, bad = json.loads(text)
-        return cls(RankPlace(*place), process, beat, ended, attributes, tuple(BadCheck(*check) for check in bad))
+        place, process, beat, ended, attributes, bad, state = json.loads(text)
+        checks = tuple(BadCheck(*check) for check in bad)
+        return cls(RankPlace(*place), process, beat, ended, attributes, checks, ModelState(*state))

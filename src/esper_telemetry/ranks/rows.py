@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 
 from esper_telemetry.ranks.link import Link
-from esper_telemetry.ranks.row import BEAT_SECONDS, KEPT, BadCheck
+from esper_telemetry.ranks.row import BEAT_SECONDS, KEPT, BadCheck, ModelState
 from esper_telemetry.ranks.store import job_store
 from esper_telemetry.ranks.wrappers import several
 from esper_telemetry.snapshot import Snapshot
@@ -53,6 +53,7 @@ class RankRows:
         self._number = next(_numbers)
         self._url: str | None = None
         self._bad: tuple[BadCheck, ...] = ()
+        self._state = ModelState()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._alone = False
@@ -66,9 +67,13 @@ class RankRows:
         """Take note of a new snapshot; the first one after the process group was made starts the thread."""
         if self._thread is None:
             self._begin()
-        bad = BadCheck.of(snapshot)
-        if bad is not None and self._thread is not None:
+        if self._thread is None:
+            return
+        bad, state = BadCheck.of(snapshot), ModelState.of(snapshot)
+        if bad is not None:
             self._bad = (*self._bad[1 - KEPT :], bad)
+        if bad is not None or state != self._state:
+            self._state = state
             self._wake.set()
 
     def announce(self, url: str) -> None:

@@ -17,7 +17,12 @@ WORDS: Mapping[str, str] = {
     "buffers": "buffers damaged",
     "parameters": "parameters damaged",
 }
-"""How the verdict is told to people."""
+"""How the verdict is told to people, the worst last."""
+
+
+def severity_of(word: str) -> int:
+    """Return 0 for an intact model, and 1, 2 or 3 for damaged optimizer state, buffers or parameters."""
+    return tuple(WORDS).index(word)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from esper_telemetry.snapshot.damage import INTACT, GoodCheck, severity_of
 from esper_telemetry.snapshot.recent import RecentWindow
 
 WORST = 5
@@ -18,6 +19,7 @@ class BadRank:
     layer: where it began in the first of them.
     check, timestamp: of the first of them.
     last: monotonic time at which rank 0 heard of the last of them.
+    cause: where its trouble began, as far as the rank has seen that.
     """
 
     rank: int
@@ -28,6 +30,27 @@ class BadRank:
     check: int
     timestamp: float
     last: float
+    cause: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedRank:
+    """Describe a rank whose part of the model holds Inf or NaN.
+
+    part: the worst part that does: "parameters", "buffers" or "optimizer".
+    elements, tensor: how many elements of it, and the worst tensor.
+    """
+
+    rank: int
+    host: str
+    part: str
+    elements: int
+    tensor: str
+
+    @property
+    def severity(self) -> int:
+        """Return 1 for optimizer state, 2 for buffers, 3 for parameters."""
+        return severity_of(self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +84,9 @@ class Ranks:
     exact: whether every rank knew which elements are its own; else the counts are of the worst rank.
     attributed: whether all that were heard of measure what their own backward made.
     bad: the ranks whose own backward was bad within the recent window, the earliest first.
+    scanned: whether any rank has scanned its part of the model.
+    damaged: the ranks whose part of the model is damaged, the worst first.
+    good: whether the last check was good on every rank. Else, last_good: the last that was, if any.
     places: every rank that was heard from, in order.
     leader: URL of rank 0's page, where it is known.
     """
@@ -73,13 +99,17 @@ class Ranks:
     exact: bool
     attributed: bool
     bad: tuple[BadRank, ...]
+    scanned: bool
+    damaged: tuple[DamagedRank, ...]
+    good: bool
+    last_good: GoodCheck | None
     places: tuple[RankPlace, ...]
     leader: str | None
 
     @classmethod
     def unknown(cls, expected: int, window_seconds: float) -> Ranks:
         """Build what is known before anybody was heard of."""
-        return cls(expected, None, 0, (), RecentWindow(window_seconds), True, True, (), (), None)
+        return cls(expected, None, 0, (), RecentWindow(window_seconds), True, True, (), False, (), True, None, (), None)
 
     def bad_at(self, now: float) -> tuple[BadRank, ...] | None:
         """Return the ranks that are bad at `now`, in monotonic seconds, the earliest first.
@@ -88,6 +118,19 @@ class Ranks:
         """
         bad = tuple(rank for rank in self.bad if now - rank.last <= self.recent.seconds)
         return None if self.reporting is None or not (bad or self.attributed) else bad
+
+    def last_good_check(self, own: GoodCheck | None) -> GoodCheck | None:
+        """Return the last check that was good on every rank; `own` is that of rank 0. None if it is not known."""
+        if self.reporting is None:
+            return None
+        return own if self.good else self.last_good
+
+    @property
+    def damage(self) -> str | None:
+        """Return "intact", or the worst part of the model that is damaged on a rank; None before the first scan."""
+        if not self.scanned:
+            return None
+        return self.damaged[0].part if self.damaged else INTACT
 
 
 def worst_of(bad: tuple[BadRank, ...]) -> list[tuple[int, BadRank]]:

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from esper_telemetry.health import HealthTier
 from esper_telemetry.snapshot import Snapshot
-from esper_telemetry.snapshot.damage import INTACT, PARTS, WORDS
+from esper_telemetry.snapshot.damage import INTACT, PARTS, WORDS, GoodCheck
 from esper_telemetry.snapshot.history import SLOT_SECONDS
-from esper_telemetry.snapshot.ranks import worst_of
+from esper_telemetry.snapshot.ranks import WORST, worst_of
 from esper_telemetry.snapshot.recent import MAX_LAYERS, LayerCounts
 
 Json: TypeAlias = dict[str, Any]
@@ -33,7 +33,7 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
             "inf": max(recent.inf_max, snapshot.inf_grad_count),
             "nan": max(recent.nan_max, snapshot.nan_grad_count),
         }
-    ranks = _ranks(snapshot, monotonic)
+    ranks = _ranks(snapshot, now, monotonic)
     if worst is not None and ranks is not None:  # of rank 0, whose own share may be smaller
         worst = {kind: max(count, ranks[kind] or 0) for kind, count in worst.items()}
     tier = None if worst is None else HealthTier.of(max(worst.values()))
@@ -42,7 +42,7 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
     return {
         "version": version("esper-telemetry"),
         "now": now,
-        "state": _state(tier, liveness, unmeasured, snapshot.damage),
+        "state": _state(tier, liveness, unmeasured, _is_damaged(snapshot)),
         "tier": _name(tier),
         "liveness": liveness,
         "worst": worst,
@@ -73,15 +73,20 @@ def read_status(snapshot: Snapshot, now: float, monotonic: float) -> Json:
     }
 
 
-def _state(tier: HealthTier | None, liveness: str, unmeasured: int, damage: str | None) -> str | None:
+def _state(tier: HealthTier | None, liveness: str, unmeasured: int, damaged: bool) -> str | None:
     """Return what a banner should say: what is bad first, then what is not known; 0 only where all was measured."""
-    if damage not in (None, INTACT):
+    if damaged:
         return _name(HealthTier.CRITICAL)
     if tier not in (None, HealthTier.HEALTHY):
         return _name(tier)
     if liveness != "measuring":
         return liveness
     return "not_measuring" if unmeasured else _name(tier)
+
+
+def _is_damaged(snapshot: Snapshot) -> bool:
+    """Tell whether the model holds Inf or NaN here or, as far as rank 0 knows, on any rank."""
+    return any(each not in (None, INTACT) for each in (snapshot.damage, snapshot.ranks and snapshot.ranks.damage))
 
 
 def _progress(snapshot: Snapshot) -> Json | None:
@@ -130,7 +135,7 @@ def _trouble(snapshot: Snapshot) -> Json | None:
 
 def _model(snapshot: Snapshot, now: float) -> Json:
     """Return the verdict: what was damaged at the last scan, where it began, and how much going back would lose."""
-    found, good = snapshot.found_damage, snapshot.last_good_check
+    found = snapshot.found_damage
     return {
         "damage": snapshot.damage,
         "verdict": None if snapshot.damage is None else WORDS[snapshot.damage],
@@ -141,15 +146,19 @@ def _model(snapshot: Snapshot, now: float) -> Json:
             for layer in (() if found is None else getattr(found, part)[:MAX_LAYERS])
         ],
         "cause": snapshot.cause,
-        "last_good_check": None
-        if good is None
-        else {
-            "check": good.check,
-            "timestamp": good.timestamp,
-            "age_seconds": max(0.0, now - good.timestamp),
-            "checks_since": snapshot.checks - good.check,
-            "step": good.step,
-        },
+        "last_good_check": _good(snapshot.last_good_check, snapshot.checks, now),
+    }
+
+
+def _good(good: GoodCheck | None, checks: int, now: float) -> Json | None:
+    if good is None:
+        return None
+    return {
+        "check": good.check,
+        "timestamp": good.timestamp,
+        "age_seconds": max(0.0, now - good.timestamp),
+        "checks_since": checks - good.check,
+        "step": good.step,
     }
 
 
@@ -157,7 +166,7 @@ def _layer(layer: LayerCounts) -> Json:
     return {"layer": layer.layer_name, "inf": layer.inf_count, "nan": layer.nan_count, "elements": layer.numel}
 
 
-def _ranks(snapshot: Snapshot, monotonic: float) -> Json | None:
+def _ranks(snapshot: Snapshot, now: float, monotonic: float) -> Json | None:
     """Return what rank 0 knows of the run; other ranks know its size, and where rank 0 is."""
     ranks = snapshot.ranks
     if ranks is None:
@@ -181,9 +190,14 @@ def _ranks(snapshot: Snapshot, monotonic: float) -> Json | None:
                 "nan": rank.nan_count,
                 "layer": rank.layer,
                 "timestamp": rank.timestamp,
+                "cause": rank.cause,
             }
             for place, rank in worst_of(bad or ())
         ],
+        "damage": ranks.damage,
+        "damaged": None if ranks.damage is None else len(ranks.damaged),
+        "worst_damaged": [asdict(rank) for rank in ranks.damaged[:WORST]],
+        "last_good_check": _good(ranks.last_good_check(snapshot.last_good_check), snapshot.checks, now),
         "leader": ranks.leader,
     }
 
