@@ -179,7 +179,7 @@ def report(results: dict[str, Any]) -> str:
         "targets with `?scrape=leader`": lambda run: f"{run['leaders']:,.0f}",
         "series of rank 0's page": lambda run: f"{run['series_of_rank_0']:,.0f}",
         "series that the rules read": lambda run: f"{run['series_of_run']:,.0f}",
-        "firing alerts on NaN": lambda run: f"{run['alerts']:,.0f}" if "alerts" in run else "-",
+        "firing alerts on NaN and on damage": lambda run: f"{run['alerts']:,.0f}" if "alerts" in run else "-",
     }
     lines += [f"| {name} | " + " | ".join(tell(run) for run in runs.values()) + " |" for name, tell in rows.items()]
     training = results["training"]

@@ -19,7 +19,7 @@ from deploy.stack.configs import RULES
 
 INTERVAL = 10  # seconds between two scrapes and between two evaluations
 ROUNDS = 2  # evaluations that are measured
-ONE_PAGE = 'count(ALERTS{alertname="EsperNaNGradients",alertstate="firing"})'
+PAGED = 'count(ALERTS{alertname=~"EsperNaNGradients|EsperModelDamaged",alertstate="firing"})'
 
 _CONFIG = """
 global: {{scrape_interval: {interval}s, evaluation_interval: {interval}s}}
@@ -33,14 +33,14 @@ scrape_configs:
 
 
 class Evaluation(NamedTuple):
-    """Hold the seconds that one round of all rules took, and how many alerts on NaN fired then."""
+    """Hold the seconds that one round of all rules took, and how many alerts on NaN and on damage fired then."""
 
     seconds: float
     alerts: int
 
 
 def page_of(ranks: int) -> bytes:
-    """Return what Prometheus would hold of a run under DDP in which every rank sees 7 NaN, as one page."""
+    """Return what Prometheus would hold of a run under DDP in which 7 NaN damaged every replica, as one page."""
     now = time.time()
     lines = []
     for rank in range(ranks):
@@ -57,6 +57,7 @@ def page_of(ranks: int) -> bytes:
             f'esper_last_nonfinite_timestamp_seconds{{{at},kind="nan"}} {now:.3f}',
             f'esper_origin_layer_info{{{at},kind="nan",layer="blocks.0.up.weight"}} 1',
             f"esper_unmeasured_layers{{{at}}} 0",
+            f"esper_nonfinite_parameters{{{at}}} 7",
         ]
     zero = 'job="esper",instance="gpu0:19301",run="llama"'
     lines += [
@@ -68,6 +69,9 @@ def page_of(ranks: int) -> bytes:
         f"esper_ranks_gone{{{zero}}} 0",
         f'esper_rank_nonfinite_grads{{{zero},rank="1",host="gpu0",kind="nan"}} 7',
         f'esper_rank_origin_layer{{{zero},rank="1",host="gpu0",layer="blocks.0.up.weight"}} 1',
+        f"esper_global_model_damage{{{zero}}} 3",
+        f"esper_damaged_ranks{{{zero}}} {ranks}",
+        f'esper_rank_damaged_elements{{{zero},rank="0",host="gpu0",part="parameters",tensor="blocks.0.up.weight"}} 7',
     ]
     return "\n".join((*lines, "")).encode()
 
@@ -78,10 +82,10 @@ def in_prometheus(ranks: int, folder: Path) -> Evaluation:
         config = folder / "prometheus.yml"
         config.write_text(_CONFIG.format(interval=INTERVAL, rules=json.dumps([str(RULES)]), target=target))
         with servers.prometheus(config, folder) as server:
-            _wait(lambda: _value(server.url, ONE_PAGE) >= 1)
+            _wait(lambda: _value(server.url, PAGED) >= 1)
             # One group waits for the next: the rules of a round take as long as all groups together.
             spent = [_sum_of(server.url, "prometheus_rule_group_last_duration_seconds") for _ in _rounds()]
-            return Evaluation(min(spent), int(_value(server.url, ONE_PAGE)))
+            return Evaluation(min(spent), int(_value(server.url, PAGED)))
 
 
 def in_victoria_metrics(ranks: int, folder: Path) -> Evaluation:
@@ -102,9 +106,9 @@ def in_victoria_metrics(ranks: int, folder: Path) -> Evaluation:
             _process(vmalert.with_name("victoria-metrics"), store, *of_store, "-promscrape.maxScrapeSize=256MB"),
             _process(vmalert, rules, *of_rules, f"-evaluationInterval={INTERVAL}s", "-notifier.blackhole"),
         ):
-            _wait(lambda: _value(url, ONE_PAGE) >= 1)
+            _wait(lambda: _value(url, PAGED) >= 1)
             spent = [_vmalert_seconds(f"http://127.0.0.1:{rules}") for _ in _rounds()]
-            return Evaluation(min(spent), int(_value(url, ONE_PAGE)))
+            return Evaluation(min(spent), int(_value(url, PAGED)))
 
 
 def _rounds() -> Iterator[int]:

@@ -37,10 +37,10 @@ def panels() -> list[Placed]:
 def _runs() -> Panel:
     panel = listing(
         "Runs of several ranks",
-        "Each run as its rank 0 counts it: how many of its ranks report, are gone, were bad before any reduction, and hold "
-        "Inf or NaN in their part of the model; "
-        "then the worst single check of the whole run in the last 5 minutes, each element counted once. Normal is that "
-        "all ranks report and the rest is 0; a dash means not known.",
+        "Each run as its rank 0 counts it: how many of its ranks report, are gone, were bad before any reduction, and "
+        "hold Inf or NaN in their part of the model; then the worst single check of the whole run in the last 5 "
+        "minutes, each element counted once. Normal is that all ranks report and the rest is 0; a dash means not "
+        "known.",
         cells(latest("esper_ranks_reporting"), "A"),
         cells(latest("esper_ranks_expected"), "B"),
         cells(latest("esper_ranks_gone"), "C"),

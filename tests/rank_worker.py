@@ -1,6 +1,7 @@
 """One rank of a run that does what it is told on standard input, line by line, and answers each line with one of JSON.
 
-check N: make a check that finds N NaN. ranks: tell what is known of the ranks. close: close the monitor.
+check N: make a check that finds N NaN. damage N: let N parameters be NaN. ranks: tell what is known of the ranks.
+close: close the monitor.
 """
 
 import json
@@ -48,6 +49,8 @@ def main():
             model.zero_grad()
             model(torch.ones(1, 8)).sum().backward()
             answer = time.perf_counter() - began
+        elif command == "damage":
+            model.bias.data[: int(arguments[0])] = float("nan")
         elif command == "ranks":
             ranks = monitor.snapshot.ranks
             recent = None if ranks is None else ranks.recent.read(time.monotonic())

@@ -17,5 +17,5 @@ def test_a_small_run_is_measured_and_told(tmp_path):
 
 def test_the_series_grow_with_the_ranks_and_those_of_rank_0_do_not():
     lines = [page_of(ranks).count(b"\n") for ranks in (10, 20)]
-    assert lines[1] - lines[0] == 10 * 10
+    assert lines[1] - lines[0] == 10 * 11
     assert b'esper_global_nan_grad_recent_max{job="esper",instance="gpu0:19301",run="llama"} 7' in page_of(10)

@@ -7,12 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_telemetry.ranks.board import HOLD_SECONDS, SILENT_SECONDS, Board
-from esper_telemetry.ranks.row import KEPT, BadCheck, Row
+from esper_telemetry.ranks.row import KEPT, BadCheck, ModelState, Row
+from esper_telemetry.snapshot.damage import PARTS, Damage, GoodCheck
 from esper_telemetry.snapshot.rank_share import GradScope
 from esper_telemetry.snapshot.ranks import RankPlace, worst_of
-from tests.snapshots import bad, fresh
+from tests.snapshots import bad, damaged, fresh
 
 WINDOW = 120.0
+UNSEEN = ModelState()
 
 
 def check(number, *, nan=0, inf=0, own_nan=None, local=None, layer="net.0", at=0.0):
@@ -21,8 +23,9 @@ def check(number, *, nan=0, inf=0, own_nan=None, local=None, layer="net.0", at=0
     return BadCheck(number, inf, nan, inf, own, 0, made, layer, at)
 
 
-def row(rank, *checks, beat=1, ended=False, attributes=True, host=None, process=4711):
-    return Row(RankPlace(rank, rank % 8, host or f"host{rank // 8}", None), process, beat, ended, attributes, checks)
+def row(rank, *checks, beat=1, ended=False, attributes=True, host=None, process=4711, state=UNSEEN):
+    place = RankPlace(rank, rank % 8, host or f"host{rank // 8}", None)
+    return Row(place, process, beat, ended, attributes, checks, state)
 
 
 def counts(board, now=0.0):
@@ -206,3 +209,71 @@ def test_a_bad_check_tells_what_the_snapshot_says():
 def test_what_was_not_measured_is_not_told_as_0():
     told = BadCheck.of(replace(bad(2, 7), local=None, scope=GradScope("local", False, "update")))
     assert (told.own_inf, told.own_nan, told.local_inf, told.local_nan) == (None, None, None, None)
+
+
+WELL = ModelState("intact")
+
+
+def damaged_state(part="parameters", elements=3, tensor="w", last_good=(39, 9.0)):
+    return ModelState(part, elements, tensor, None, False, last_good)
+
+
+def test_a_model_is_as_damaged_as_its_worst_rank_whoever_reads_it():
+    board = Board(3, WINDOW)
+    assert (board.read(0.0).damage, board.read(0.0).damaged) == (None, ())
+    board.take(row(0), 0.0)
+    assert board.read(0.0).damage is None, "nobody has looked"
+    board.take(row(1, state=WELL), 0.0)
+    assert board.read(0.0).damage == "intact"
+    board.take(row(2, state=damaged_state("optimizer", 9)), 0.0)
+    board.take(row(1, beat=2, state=damaged_state("parameters", 2)), 0.0)
+    read = board.read(0.0)
+    assert (read.damage, [rank.rank for rank in read.damaged]) == ("parameters", [1, 2])
+    board.take(row(1, beat=3, state=WELL), 0.0)
+    assert board.read(0.0).damage == "optimizer"
+    board.take(row(2, process=4712, state=WELL), 0.0)
+    assert (board.read(0.0).damage, board.read(0.0).damaged) == ("intact", ())
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, "intact", *PARTS]), st.one_of(st.none(), st.integers(1, 99)))))
+def test_the_run_is_good_where_all_are_and_else_goes_back_to_before_the_first_that_was_not(ranks):
+    board = Board(len(ranks), WINDOW)
+    for rank, (damage, last) in enumerate(ranks):
+        good = last is None and rank % 2 == 0
+        state = ModelState(damage, 1, "w", None, good, None if good or last is None else (last, float(last)))
+        board.take(row(rank, state=state), 0.0)
+    read, own = board.read(0.0), GoodCheck(100, 100.0, 7)
+    bad_ranks = [last for rank, (_, last) in enumerate(ranks) if last is not None or rank % 2]
+    if not bad_ranks:
+        assert read.last_good_check(own) is own
+    elif None in bad_ranks:
+        assert read.last_good_check(own) is None, "one of them never was good"
+    else:
+        assert read.last_good_check(own).check == min(bad_ranks)
+    words = [damage for damage, _ in ranks if damage is not None]
+    worst = next((part for part in PARTS if part in words), "intact" if words else None)
+    assert read.damage == worst
+    assert len(read.damaged) == sum(word != "intact" for word in words)
+
+
+def test_a_rank_at_fault_is_told_with_where_its_trouble_began():
+    board = Board(2, WINDOW)
+    board.take(row(1, check(40, nan=7)), 0.0)
+    assert board.read(0.0).bad[0].cause is None
+    board.take(row(1, check(40, nan=7), beat=2, state=WELL._replace(cause="input")), 1.0)
+    assert board.read(1.0).bad[0].cause == "input", "the trap is set after the first bad check"
+
+
+def test_a_state_says_what_is_damaged_and_since_when_it_is_not_good():
+    assert ModelState.of(fresh()) == ModelState()
+    well = replace(fresh(), checks=40, found_damage=Damage(), last_good_check=GoodCheck(40, 9.0, None))
+    assert ModelState.of(well) == WELL
+    assert ModelState.of(replace(well, checks=41)) == ModelState("intact", good=False, last_good=(40, 9.0))
+    assert ModelState.of(replace(fresh(), checks=1)) == ModelState(good=False)
+    state = ModelState.of(damaged())
+    assert (state.damage, state.elements, state.tensor) == ("parameters", 3, "policy.weight")
+
+
+def test_a_row_with_a_state_survives_the_store():
+    read = Row.decode(row(1, state=damaged_state()).encode())
+    assert read.state._replace(last_good=tuple(read.state.last_good)) == damaged_state()

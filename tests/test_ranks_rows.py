@@ -90,6 +90,28 @@ def test_rank_0_counts_the_run(run, arguments):
     assert (zero.tell("errors"), one.tell("errors")) == (0, 0)
 
 
+def test_rank_0_knows_that_another_part_of_the_model_is_damaged(run):
+    zero, one = run()
+    for rank in (zero, one):
+        rank.tell("check 0")
+    until("both are heard of", lambda: zero.ranks("reporting") == (2,))
+    before = value(zero, "esper_global_last_good_check_timestamp_seconds")
+    assert before == value(zero, "esper_last_good_check_timestamp_seconds")
+    one.tell("damage 3")
+    for rank, found in ((zero, 0), (one, 7), (zero, 0), (one, 7)):  # what a step did is seen before the next check
+        rank.tell(f"check {found}")
+    until("rank 0 knows", lambda: value(zero, "esper_damaged_ranks") == 1)
+    assert value(zero, "esper_global_model_damage") == 3
+    assert value(zero, "esper_nonfinite_parameters") in (0, None)
+    assert value(zero, "esper_checks_since_last_good_check") == 0
+    assert value(zero, "esper_global_checks_since_last_good_check") == 2
+    assert value(zero, "esper_global_last_good_check_timestamp_seconds") <= before + 1
+    status = open_json(f"{zero.url}/api/v1/status")
+    (damaged,) = status["ranks"]["worst_damaged"]
+    assert (damaged["rank"], damaged["part"], damaged["elements"], damaged["tensor"]) == (1, "parameters", 3, "bias")
+    assert status["state"] == "critical"
+
+
 def test_bad_checks_of_other_numbers_are_not_added(run):
     zero, one = run()
     zero.tell("check 4")

@@ -13,7 +13,7 @@ from playwright.sync_api import expect
 from esper_telemetry import start_exporter
 from esper_telemetry.exporters.address import parse_address
 from esper_telemetry.snapshot.damage import Damage, GoodCheck
-from esper_telemetry.snapshot.ranks import Ranks
+from esper_telemetry.snapshot.ranks import DamagedRank, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 from esper_telemetry.snapshot.train_progress import TrainProgress
 from tests import browser
@@ -430,6 +430,17 @@ def test_rank_0_shows_who_reports_and_which_rank_was_bad_first(page, source):
     card = page.locator("#ranks-card")
     expect(card).to_contain_text("2 of 2")
     expect(card.locator("tbody td")).to_have_text(["1", "gpu-7", "policy.weight", "0", "7"])
+
+
+def test_rank_0_gives_the_verdict_on_the_whole_model_not_on_its_own_part(page, source):
+    damaged_rank = DamagedRank(1, "gpu-7", "parameters", 3, "value.weight")
+    bad_rank = replace(of_ranks(0, 7).bad[0], last=time.monotonic())
+    ranks = replace(of_ranks(damaged=(damaged_rank,)), bad=(bad_rank,))
+    source.snapshot = replace(after_check(found_damage=Damage()), ranks=ranks)
+    shows(page, "critical", "Parameters damaged: stop and go back to the last good checkpoint. It began in: input.")
+    card = page.locator("#ranks-card")
+    expect(card).to_contain_text("Damaged ranks1Rank 1 on gpu-73 in parameters, worst value.weight")
+    expect(page.locator("#model-note")).to_have_text("this rank")
 
 
 def test_another_rank_leads_to_rank_0(page, source):

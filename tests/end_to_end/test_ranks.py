@@ -55,6 +55,7 @@ def assert_one_page(stack, ranks=2):
     assert f"counted over all {ranks} ranks" in description
     assert f"rank 1 on {socket.gethostname()}, 7 NaN, in layer" in description
     assert "blocks.1.up.weight" in description
+    assert {alert["labels"]["rank"] for alert in alerts} == {"0"}, "it speaks for all of them"
     assert len([page for page in stack.pager.pages() if page["status"] == "firing"]) == 1
 
 
@@ -76,6 +77,9 @@ def test_under_fsdp2_seven_that_are_split_into_four_and_three_are_critical(tmp_p
         more = ("--strategy", "fsdp2", "--inject", FAULT, "--steps", "400", "--pause", "0.02")
         with torchrun(tmp_path, "--listen-address", leader, *more, launcher=alone(free_port())) as run:
             assert_one_page(stack)
+            (damage,) = [each for each in stack.pager.pages()[0]["alerts"] if "Damaged" in each["labels"]["alertname"]]
+            assert "Parameters damaged" in damage["annotations"]["summary"]
+            assert "of 2 ranks" in damage["annotations"]["summary"]
             (prometheus,) = stack.prometheus
             shards = query(prometheus, "max_over_time(esper_nan_grad_recent_max[30s])")
             assert sorted(float(shard["value"][1]) for shard in shards) == [3, 4]
