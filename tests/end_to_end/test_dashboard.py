@@ -37,7 +37,7 @@ NOTHING_BAD = {
     ("Runs", "D"),  # the first bad layer
 }
 NO_PUSH = {("Exporter errors", "C")}
-RANKS = {"Ranks shown", "Runs of several ranks", "Ranks at fault", "Ranks over time"}
+RANKS = {"Ranks shown", "Runs of several ranks", "Ranks at fault", "Damaged ranks", "Ranks over time"}
 ONE_RANK = {key for key in QUERIES if key[0] in RANKS}
 NO_DAMAGE = {("Damaged tensors", "A"), ("Is the model alive?", "D")}
 UNTOLD = {key for key, target in QUERIES.items() if "esper_train_" in target["expr"]}
