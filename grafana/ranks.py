@@ -63,8 +63,9 @@ def _runs() -> Panel:
         no_value="No run of several ranks",
     )
     alarm = ((None, CALM), (1, RED))
-    for name in ("Gone", "Bad", "Damaged"):
-        panel = column(panel, name, steps=alarm, cell={"type": "color-text"}, noValue="-", width=70)
+    for name, width in (("Gone", 65), ("Bad", 60), ("Damaged", 95)):
+        panel = column(panel, name, steps=alarm, cell={"type": "color-text"}, noValue="-", width=width)
+    panel = column(column(panel, "Report", width=75), "Ranks", width=70)
     return count_column(count_column(panel, "NaN"), "Inf")
 
 
@@ -94,6 +95,7 @@ def _at_fault() -> Panel:
         no_value="No rank is bad",
     )
     panel = column(column(panel, "Began in", noValue="-"), "D", **{"custom.hidden": True})
+    panel = column(column(panel, "Place", width=75), "Rank", width=70)
     return count_column(count_column(panel, "NaN"), "Inf")
 
 
@@ -111,6 +113,7 @@ def _damaged() -> Panel:
             "tensor": "Worst tensor",
             "Value": "Elements",
             "run_id": "Run",
+            "instance": "Rank 0",
         },
         first="Elements",
         no_value="No rank is damaged",
