@@ -25,7 +25,7 @@ from esper_telemetry.exporters.routes.targets import read_targets
 from esper_telemetry.exporters.samples import read_samples
 from esper_telemetry.ranks.board import Board
 from esper_telemetry.ranks.reader import Reader
-from esper_telemetry.ranks.row import KEPT, BadCheck, Row
+from esper_telemetry.ranks.row import KEPT, BadCheck, ModelState, Row
 from esper_telemetry.ranks.rows import RankRows
 from esper_telemetry.snapshot import RunInfo, Snapshot
 from esper_telemetry.snapshot.ranks import RankPlace, Ranks
@@ -36,10 +36,11 @@ _SERVERS: list[Any] = []
 
 
 def row_of(rank: int, beat: int, bad: int) -> bytes:
-    """Return a rank's row, with so many bad checks in it."""
+    """Return a rank's row, with so many bad checks in it that damaged its model."""
     place = RankPlace(rank, rank % 8, f"gpu{rank // 8}", f"10.0.{rank // 2048}.{rank // 8 % 256}:{19301 + rank % 8}")
     checks = (BadCheck(beat * KEPT + k, 0, 7, 0, 7 * (rank == 0), 0, 7, "blocks.0.up.weight", 1e9) for k in range(bad))
-    return Row(place, 4711, beat, False, True, tuple(checks)).encode()
+    damaged = ModelState("parameters", 7, "blocks.0.up.weight", "forward of blocks.0", False, (beat * KEPT - 1, 1e9))
+    return Row(place, 4711, beat, False, True, tuple(checks), damaged if bad else ModelState()).encode()
 
 
 def seconds(work: Callable[[], object], rounds: int = 5) -> float:

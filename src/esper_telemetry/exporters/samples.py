@@ -198,7 +198,8 @@ def _run_verdict(ranks: Ranks, snapshot: Snapshot) -> Iterator[Sample]:
         labels = (str(rank.rank), rank.host, rank.part, rank.tensor)
         yield Sample(metrics.RANK_DAMAGED_ELEMENTS, labels, rank.elements)
     yield Sample(metrics.GLOBAL_LAST_GOOD_CHECK, (), math.nan if good is None else good.timestamp)
-    yield Sample(metrics.GLOBAL_CHECKS_SINCE_GOOD, (), math.nan if good is None else snapshot.checks - good.check)
+    since = math.nan if good is None else max(0, snapshot.checks - good.check)  # another rank may be a check ahead
+    yield Sample(metrics.GLOBAL_CHECKS_SINCE_GOOD, (), since)
 
 
 def _run(snapshot: Snapshot) -> Iterator[Sample]:

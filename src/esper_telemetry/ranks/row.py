@@ -98,7 +98,7 @@ class Row(NamedTuple):
     ended: bool
     attributes: bool
     bad: tuple[BadCheck, ...]
-    state: ModelState = ModelState()
+    state: ModelState
 
     def encode(self) -> bytes:
         """Return the row as JSON."""

@@ -157,7 +157,7 @@ def _good(good: GoodCheck | None, checks: int, now: float) -> Json | None:
         "check": good.check,
         "timestamp": good.timestamp,
         "age_seconds": max(0.0, now - good.timestamp),
-        "checks_since": checks - good.check,
+        "checks_since": max(0, checks - good.check),  # another rank may be a check ahead
         "step": good.step,
     }
 
