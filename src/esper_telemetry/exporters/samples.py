@@ -47,7 +47,8 @@ class Sample(NamedTuple):
 
 def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sample]:
     """Yield every sample of a snapshot at `now`, in monotonic seconds."""
-    yield from _counts(snapshot, time.monotonic() if now is None else now)
+    now = time.monotonic() if now is None else now
+    yield from _counts(snapshot, now)
     yield from _history(snapshot)
     yield from _verdict(snapshot)
     yield from _layer_norms(snapshot)
@@ -55,8 +56,7 @@ def read_samples(snapshot: Snapshot, now: float | None = None) -> Iterator[Sampl
     yield from _ppo(snapshot)
     yield from _progress(snapshot)
     if snapshot.ranks is not None and snapshot.run.rank == 0:
-        at = time.monotonic() if now is None else now
-        yield from _ranks(snapshot.ranks, at)
+        yield from _ranks(snapshot.ranks, now)
         yield from _run_verdict(snapshot.ranks, snapshot)
     yield from _run(snapshot)
 

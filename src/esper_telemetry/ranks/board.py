@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from esper_telemetry.ranks.row import BadCheck, Row
-from esper_telemetry.snapshot.damage import INTACT, GoodCheck
+from esper_telemetry.snapshot.damage import INTACT, GoodCheck, severity_of
 from esper_telemetry.snapshot.ranks import SHOWN, BadRank, DamagedRank, Ranks
 from esper_telemetry.snapshot.recent import LayerCounts, RecentWindow
 
@@ -69,6 +69,7 @@ class Board:
         self._grown: set[int] = set()
         self._counted: dict[int, int] = {}
         self._bad: dict[int, BadRank] = {}
+        self._damaged: dict[int, DamagedRank] = {}
         self._inexact_until = -1.0
         self._recent = RecentWindow(window_seconds)
 
@@ -85,6 +86,7 @@ class Board:
             for check in new:
                 self._add(check, now)
             self._blame(row, [check for check in new if check.local_inf or check.local_nan], now)
+        self._take_state(row)
 
     def read(self, now: float) -> Ranks:
         """Return what is known at `now`."""
@@ -101,7 +103,7 @@ class Board:
             attributed=all(row.attributes for row in rows.values()),
             bad=self._bad_ranks(now),
             scanned=any(row.state.damage is not None for row in rows.values()),
-            damaged=self._damaged_ranks(),
+            damaged=tuple(sorted(self._damaged.values(), key=_worst_first)),
             good=all(row.state.good for row in rows.values()),
             last_good=self._last_good(),
             places=tuple(rows[rank].place for rank in sorted(rows)),
@@ -143,21 +145,21 @@ class Board:
             worst = max(inf, known.inf_count), max(nan, known.nan_count)
             self._bad[rank] = replace(known, inf_count=worst[0], nan_count=worst[1], last=now)
 
+    def _take_state(self, row: Row) -> None:
+        """Take note of whether the rank's part of the model is damaged, and of where its trouble began."""
+        rank, state = row.place.rank, row.state
+        if state.damage in (None, INTACT):
+            self._damaged.pop(rank, None)
+        else:
+            self._damaged[rank] = DamagedRank(rank, row.place.host, state.damage, state.elements, state.tensor)
+        known = self._bad.get(rank)
+        if known is not None and known.cause != state.cause:
+            self._bad[rank] = replace(known, cause=state.cause)
+
     def _bad_ranks(self, now: float) -> tuple[BadRank, ...]:
         """Return those of the recent window, the earliest first; forget the others."""
         self._bad = {rank: bad for rank, bad in self._bad.items() if now - bad.last <= self._recent.seconds}
-        earliest_first = sorted(self._bad.values(), key=lambda bad: (bad.check, bad.timestamp, bad.rank))
-        return tuple(replace(bad, cause=self._rows[bad.rank].state.cause) for bad in earliest_first)
-
-    def _damaged_ranks(self) -> tuple[DamagedRank, ...]:
-        """Return those whose part of the model is damaged, the worst first."""
-        states = ((row.place, row.state) for row in self._rows.values())
-        damaged = (
-            DamagedRank(place.rank, place.host, state.damage, state.elements, state.tensor)
-            for place, state in states
-            if state.damage not in (None, INTACT)
-        )
-        return tuple(sorted(damaged, key=lambda rank: (-rank.severity, -rank.elements, rank.rank)))
+        return tuple(sorted(self._bad.values(), key=lambda bad: (bad.check, bad.timestamp, bad.rank)))
 
     def _last_good(self) -> GoodCheck | None:
         """Return the last check before any rank was bad; None where a rank never was good, and while all are."""
@@ -168,3 +170,7 @@ class Board:
     def _first_silent(self, silent: Iterable[int]) -> tuple[int, ...]:
         never = (rank for rank in range(self._expected) if rank not in self._rows)
         return tuple(sorted((*silent, *never)))[:SHOWN]
+
+
+def _worst_first(rank: DamagedRank) -> tuple[int, int, int]:
+    return -severity_of(rank.part), -rank.elements, rank.rank

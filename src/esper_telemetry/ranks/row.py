@@ -7,7 +7,6 @@ from dataclasses import astuple
 from typing import NamedTuple
 
 from esper_telemetry.snapshot import Snapshot
-from esper_telemetry.snapshot.damage import INTACT
 from esper_telemetry.snapshot.ranks import RankPlace
 
 BEAT_SECONDS = 5.0
@@ -73,12 +72,9 @@ class ModelState(NamedTuple):
     def of(cls, snapshot: Snapshot) -> ModelState:
         """Read the newest verdict."""
         found, last = snapshot.found_damage, snapshot.last_good_check
-        state = cls(cause=snapshot.cause)
-        if found is not None:
-            state = state._replace(damage=found.word)
-            if found.word != INTACT:
-                tensor = getattr(found, found.word)[0].layer_name
-                state = state._replace(elements=found.elements(found.word), tensor=tensor)
+        state = cls(snapshot.damage, cause=snapshot.cause)
+        if found is not None and found.worst is not None:
+            state = state._replace(elements=found.elements(found.word), tensor=found.worst.layer_name)
         if snapshot.checks == (0 if last is None else last.check):
             return state
         return state._replace(good=False, last_good=None if last is None else (last.check, last.timestamp))

@@ -38,6 +38,11 @@ class Damage:
         """Return the worst of the parts that are damaged, "intact" when none is."""
         return next((part for part in PARTS if getattr(self, part)), INTACT)
 
+    @property
+    def worst(self) -> LayerCounts | None:
+        """Return the worst tensor of the worst part that is damaged; None when none is."""
+        return next((getattr(self, part)[0] for part in PARTS if getattr(self, part)), None)
+
     def elements(self, part: str) -> int:
         """Return the bad elements of one part."""
         return sum(each.inf_count + each.nan_count for each in getattr(self, part))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper_telemetry.snapshot.damage import INTACT, GoodCheck, severity_of
+from esper_telemetry.snapshot.damage import INTACT, GoodCheck
 from esper_telemetry.snapshot.recent import RecentWindow
 
 WORST = 5
@@ -46,11 +46,6 @@ class DamagedRank:
     part: str
     elements: int
     tensor: str
-
-    @property
-    def severity(self) -> int:
-        """Return 1 for optimizer state, 2 for buffers, 3 for parameters."""
-        return severity_of(self.part)
 
 
 @dataclass(frozen=True, slots=True)

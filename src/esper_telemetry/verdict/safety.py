@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esper_telemetry.snapshot import Snapshot
-from esper_telemetry.snapshot.damage import INTACT, PARTS, WORDS
+from esper_telemetry.snapshot.damage import WORDS
 
 
 class Safety(int):
@@ -26,8 +26,8 @@ class Safety(int):
     def of(cls, snapshot: Snapshot, awaits_look: bool) -> Safety:
         """Judge by the last look; where one is still to come since a bad check, nothing is safe."""
         found = snapshot.found_damage
-        if found is not None and found.word != INTACT:
-            worst = next(getattr(found, part) for part in PARTS if getattr(found, part))[0]
+        worst = None if found is None else found.worst
+        if found is not None and worst is not None:
             counts = f"Inf {worst.inf_count}, NaN {worst.nan_count}"
             return cls(False, f"{WORDS[found.word]}: {counts} in {worst.layer_name}")
         if awaits_look:

@@ -261,7 +261,8 @@ class Verdict:
         """Publish what a look found; say it in the log when it has become worse."""
         before = self._latest.snapshot.found_damage or Damage()
         changes: dict[str, Any] = {"found_damage": found}
-        if found.word != INTACT:
+        worst = found.worst
+        if worst is not None:
             damaged = (*found.parameters, *found.buffers)
             if before_step:  # the forward may have written to buffers
                 damaged = found.parameters
@@ -270,7 +271,6 @@ class Verdict:
                 changes["cause"] = f"parameter {damaged[0].layer_name}"
             self._in_trouble, self._quiet = True, 0
             if found.word != before.word:
-                worst = (*found.parameters, *found.buffers, *found.optimizer)[0]
                 counts = worst.inf_count, worst.nan_count, worst.layer_name
                 logger.warning("esper: %s: Inf %d, NaN %d in %s", WORDS[found.word], *counts)
         self._latest.change(**changes)
